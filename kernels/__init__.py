@@ -1,0 +1,1 @@
+"""Patterns, probe, plan and kernels: everything that runs behind the ``mmi::`` operators."""

@@ -1,0 +1,60 @@
+"""The facts of one attention call that every pattern, plan and kernel shares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Which (query, key) pairs the *model itself* allows, before any pattern.
+
+    Query row ``r`` stands at position ``i = r + q_offset``; it may see key ``j`` of batch element ``b`` when
+    ``j <= i``, ``kv_start[b] <= j < kv_stop[b]``, ``i - j < window`` (if ``window > 0``) and
+    ``key_padding[b, j]`` (if given). A row that may see no key at all is *dead*: its output is zero.
+
+    Attributes:
+        batch, q_heads, kv_heads: ``B``, ``HQ``, ``HKV``; ``HQ`` is a multiple of ``HKV`` (GQA).
+        q_len, kv_len: number of query rows and of keys, in tokens. Keys at or beyond ``q_len + q_offset`` are never
+            visible; callers slice them off, so ``kv_len <= q_len + q_offset``.
+        q_offset: position of query row 0 (``kv_len - q_len`` in chunked prefill, else 0).
+        window: the model's own sliding window in tokens, 0 for none.
+        kv_start, kv_stop: int32 ``[B]`` on the device, the live key range (left / right padding). ``None`` when
+            every key of every batch element is live, so that kernels can drop the test.
+        key_padding: bool ``[B, kv_len]``, True where the key is live; only given when the live keys of some batch
+            element are not one contiguous range.
+    """
+
+    batch: int
+    q_heads: int
+    kv_heads: int
+    q_len: int
+    kv_len: int
+    q_offset: int = 0
+    window: int = 0
+    kv_start: Tensor | None = None
+    kv_stop: Tensor | None = None
+    key_padding: Tensor | None = None
+
+    @property
+    def group(self) -> int:
+        """Query heads per key/value head."""
+        return self.q_heads // self.kv_heads
+
+    def to_mask(self, device: torch.device | str = "cpu") -> Tensor:
+        """The model's mask, bool ``[B, q_len, kv_len]``: quadratic, for the reference and for tests."""
+        i = torch.arange(self.q_len, device=device)[:, None] + self.q_offset
+        j = torch.arange(self.kv_len, device=device)[None, :]
+        allowed = j <= i
+        if self.window:
+            allowed = allowed & (i - j < self.window)
+        mask = allowed.expand(self.batch, -1, -1)
+        if self.kv_start is not None and self.kv_stop is not None:
+            live = (j >= self.kv_start[:, None].to(device)) & (j < self.kv_stop[:, None].to(device))
+            mask = mask & live[:, None, :]
+        if self.key_padding is not None:
+            mask = mask & self.key_padding[:, None, :].to(device)
+        return mask
