@@ -1,0 +1,342 @@
+"""Options of the backend: flat, validated, each with an environment mirror ``MMI_<NAME>``.
+
+A field declares everything about its option once: type, accepted values, how text from the environment is read, and
+what it means. Errors, the environment and the table in the documentation all come from there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import Field, dataclass, field, fields
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any
+
+from mmi_compile._suggest import did_you_mean, nearest
+
+__all__ = ["NON_OPTIONS", "OptionError", "OptionWarning", "Options", "options_table"]
+
+ENV_PREFIX = "MMI_"
+
+NON_OPTIONS: Mapping[str, str] = {
+    "MMI_ACCEPT": "tests rewrite their golden files",
+    "MMI_CACHE_DIR": "folder for generated kernels",
+}
+"""Environment variables that start like an option's mirror and are none."""
+
+
+class OptionError(ValueError):
+    """An option or its environment mirror is unknown or has a value that is not accepted."""
+
+
+class OptionWarning(UserWarning):
+    """An environment variable looks like an option's mirror, but no option has that name."""
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """One type of option.
+
+    ``check`` returns the value in its normal form; it and ``parse`` (for text from the environment) raise ValueError,
+    whose message, where there is one, is appended to the error.
+    """
+
+    type_name: str
+    accepts: str
+    check: Callable[[Any], Any]
+    parse: Callable[[str], Any]
+
+
+def _quoted(words: Sequence[str]) -> str:
+    names = [f'"{word}"' for word in words]
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"
+
+
+def _choice(*words: str, reserved: Mapping[str, str] | None = None) -> _Kind:
+    def check(value: Any) -> str:
+        if isinstance(value, str) and value in words:
+            return value
+        if isinstance(value, str) and reserved and value in reserved:
+            raise ValueError(f": {reserved[value]}")
+        best = nearest(value, words) if isinstance(value, str) else None
+        raise ValueError(f'; did you mean "{best}"?' if best else "")
+
+    return _Kind("str", _quoted(words), check, str.strip)
+
+
+def _number(kind: type[int] | type[float], accepts: str, inside: Callable[[Any], bool]) -> _Kind:
+    abstract: Any = Integral if kind is int else Real
+
+    def check(value: Any) -> int | float:
+        # bool is an Integral, and True for a count is a slip.
+        if isinstance(value, bool) or not isinstance(value, abstract) or not inside(value):
+            raise ValueError
+        number: int | float = kind(value)
+        return number
+
+    return _Kind(kind.__name__, accepts, check, kind)
+
+
+_TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
+
+
+def _flag() -> _Kind:
+    def check(value: Any) -> bool:
+        if not isinstance(value, bool):
+            raise ValueError
+        return value
+
+    def parse(text: str) -> bool:
+        word = text.strip().lower()
+        if word not in _TRUE + _FALSE:
+            raise ValueError
+        return word in _TRUE
+
+    return _Kind("bool", "True or False (in the environment 1/0, true/false, yes/no, on/off)", check, parse)
+
+
+def _inner() -> _Kind:
+    named = _choice("inductor", "aot_eager", "eager")
+
+    def check(value: Any) -> Any:
+        return value if callable(value) else named.check(value)
+
+    accepts = f"{named.accepts.replace(' or ', ', ')} or a backend function"
+    return _Kind("str | callable", accepts, check, named.parse)
+
+
+def _folder() -> _Kind:
+    def check(value: Any) -> Path | None:
+        if value is None:
+            return None
+        if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
+            raise ValueError
+        return Path(value)
+
+    return _Kind("path | None", "a path or None", check, Path)
+
+
+def _dictionary() -> _Kind:
+    def check(value: Any) -> dict[str, Any] | None:
+        if value is None:
+            return None
+        if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+            raise ValueError
+        try:
+            json.dumps(dict(value), default=repr)
+        except (TypeError, RecursionError) as error:
+            raise ValueError(f": {error}") from None
+        return dict(value)
+
+    return _Kind("dict | None", "a dict with string keys or None (in the environment a JSON object)", check, json.loads)
+
+
+def _names() -> _Kind:
+    def check(value: Any) -> tuple[str, ...]:
+        # A bare string is a sequence too: "rewrite" would become seven one-letter names.
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            raise ValueError
+        if not all(isinstance(name, str) and name for name in value):
+            raise ValueError
+        return tuple(value)
+
+    def parse(text: str) -> tuple[str, ...]:
+        return tuple(name.strip() for name in text.split(",") if name.strip())
+
+    accepts = "a sequence of names (in the environment a comma-separated list)"
+    return _Kind("tuple of str", accepts, check, parse)
+
+
+def _about(kind: _Kind, meaning: str, *, shapes_code: bool = True) -> dict[str, Any]:
+    return {"kind": kind, "meaning": meaning, "shapes_code": shapes_code}
+
+
+_SHARE = "a number in (0, 1]"
+
+
+@dataclass(frozen=True)
+class Options:
+    """Settings of one compilation; every value is checked on construction.
+
+    Raises:
+        OptionError: a value is of the wrong type or out of range; the message says what is accepted.
+    """
+
+    policy: str = field(
+        default="adaptive",
+        metadata=_about(
+            _choice("adaptive", "exact", reserved={"config": "head configs are not supported yet"}),
+            "`adaptive` chooses a sparse pattern per head at run time; `exact` keeps the model's mathematics.",
+        ),
+    )
+    recall: float = field(
+        default=0.95,
+        metadata=_about(
+            _number(float, _SHARE, lambda x: 0 < x <= 1),
+            "Share of the attention's probability mass that a sparse head must keep; a head that cannot stays dense.",
+        ),
+    )
+    min_tokens: int = field(
+        default=4096,
+        metadata=_about(
+            _number(int, "an integer >= 0", lambda x: x >= 0),
+            "Prompts with fewer tokens are computed densely.",
+        ),
+    )
+    max_density: float = field(
+        default=0.5,
+        metadata=_about(
+            _number(float, _SHARE, lambda x: 0 < x <= 1),
+            "A head whose plan computes more than this share of the dense pairs is computed densely.",
+        ),
+    )
+    inner: str | Callable[..., Any] = field(
+        default="inductor",
+        metadata=_about(_inner(), "Backend that compiles the rewritten graph."),
+    )
+    strict: bool = field(
+        default=False,
+        metadata=_about(
+            _flag(), "Raise where a pass failed, instead of compiling the untouched graph.", shapes_code=False
+        ),
+    )
+    dump: Path | None = field(
+        default=None,
+        metadata=_about(_folder(), "Folder that receives the graph after every pass.", shapes_code=False),
+    )
+    inductor: Mapping[str, Any] | None = field(
+        default=None,
+        hash=False,  # a dict has no hash; equality still compares it
+        metadata=_about(_dictionary(), "Options handed to Inductor as they are."),
+    )
+    skip_passes: tuple[str, ...] = field(
+        default=(),
+        metadata=_about(_names(), "Passes left out, by name; for finding faults."),
+    )
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            try:
+                normal = _kind(item).check(value)
+            except ValueError as error:
+                accepts = _kind(item).accepts
+                raise OptionError(f'option "{item.name}" must be {accepts}, got {value!r}{error}') from None
+            object.__setattr__(self, item.name, normal)
+
+    @classmethod
+    def from_mapping(
+        cls, mapping: Mapping[str, Any] | None = None, environ: Mapping[str, str] | None = None
+    ) -> Options:
+        """Options from what the user passed, then from the environment, then from the defaults.
+
+        Args:
+            mapping: option names to values, as in ``torch.compile(..., options=mapping)``.
+            environ: the environment, ``os.environ`` when None. An empty variable counts as unset, and one whose
+                option is in ``mapping`` is not read.
+
+        Raises:
+            OptionError: a name is unknown (the nearest known one is suggested), or a value is not accepted.
+
+        Warns:
+            OptionWarning: once per process for each unknown ``MMI_`` variable.
+        """
+        explicit = dict(mapping or {})
+        known = [item.name for item in fields(cls)]
+        for name in explicit:
+            if name not in known:
+                raise OptionError(f'unknown option "{name}"{did_you_mean(str(name), known)}')
+        environment = os.environ if environ is None else environ
+        _warn_unknown(environment)
+        mirrored = {
+            item.name: _from_environment(item, environment[env_name(item.name)])
+            for item in fields(cls)
+            if item.name not in explicit and environment.get(env_name(item.name))
+        }
+        return cls(**mirrored, **explicit)
+
+    def check_skip_passes(self, known: Sequence[str]) -> None:
+        """Raise OptionError when ``skip_passes`` names a pass that is not in ``known``, the pipeline's names."""
+        for name in self.skip_passes:
+            if name not in known:
+                raise OptionError(f'option "skip_passes" names an unknown pass "{name}"{did_you_mean(name, known)}')
+
+    def to_json(self) -> dict[str, Any]:
+        """All options as JSON values; a backend function becomes its qualified name, other objects their repr."""
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        plain: dict[str, Any] = json.loads(json.dumps(values, default=_plain))
+        return plain
+
+    def digest(self) -> str:
+        """Sixteen hex digits, equal for options that compile the same code (``strict`` and ``dump`` are left out).
+
+        A backend function is known by its qualified name only: two closures of one function share a digest.
+        """
+        values = self.to_json()
+        shaping = {item.name: values[item.name] for item in fields(self) if item.metadata["shapes_code"]}
+        return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def env_name(option: str) -> str:
+    """The environment variable that mirrors ``option``."""
+    return ENV_PREFIX + option.upper()
+
+
+def options_table() -> str:
+    """The options as a Markdown table: name, type, default, environment variable, meaning."""
+    head = ["| option | type | default | environment | meaning |", "| --- | --- | --- | --- | --- |"]
+    return "\n".join(head + [_row(item) for item in fields(Options)]) + "\n"
+
+
+def _row(item: Field[Any]) -> str:
+    kind, default = _kind(item), json.dumps(item.default)
+    if item.default is None or isinstance(item.default, (bool, tuple)):
+        default = repr(item.default)
+    cells = (
+        f"`{item.name}`",
+        kind.type_name.replace("|", "or"),
+        f"`{default}`",
+        f"`{env_name(item.name)}`",
+        f"{item.metadata['meaning']} Accepts {kind.accepts}.",
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def _kind(item: Field[Any]) -> _Kind:
+    kind: _Kind = item.metadata["kind"]
+    return kind
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Path):
+        return str(value)
+    if callable(value):
+        return f"{getattr(value, '__module__', '?')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
+    return repr(value)
+
+
+def _from_environment(item: Field[Any], text: str) -> Any:
+    kind, variable = _kind(item), env_name(item.name)
+    try:
+        return kind.check(kind.parse(text))
+    except ValueError as error:
+        # A number parser's own message repeats what the accepted range says better.
+        detail = str(error) if str(error).startswith((":", ";")) else ""
+        message = f"environment variable {variable} must be {kind.accepts}, got {text!r}{detail}"
+        raise OptionError(message) from None
+
+
+_warned: set[str] = set()
+
+
+def _warn_unknown(environ: Mapping[str, str]) -> None:
+    known = {env_name(item.name) for item in fields(Options)} | set(NON_OPTIONS)
+    for variable in sorted(environ):
+        if variable.startswith(ENV_PREFIX) and variable not in known and variable not in _warned:
+            _warned.add(variable)
+            message = f"environment variable {variable} is no option of mmi_compile{did_you_mean(variable, known)}"
+            warnings.warn(message, OptionWarning, stacklevel=4)

@@ -1,0 +1,305 @@
+"""Options: what is accepted, what is refused and how the refusal reads, and where a value comes from."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mmi_compile import options as module
+from mmi_compile._suggest import did_you_mean, nearest
+from mmi_compile.options import NON_OPTIONS, OptionError, Options, OptionWarning, env_name, options_table
+
+NAMES = [item.name for item in dataclasses.fields(Options)]
+
+
+def a_backend(gm, example_inputs):
+    return gm.forward
+
+
+@pytest.fixture(autouse=True)
+def _warn_anew(monkeypatch):
+    monkeypatch.setattr(module, "_warned", set())
+
+
+def test_defaults_need_nothing_from_outside():
+    options = Options.from_mapping(None, environ={})
+    assert options == Options()
+    assert options.policy == "adaptive"
+    assert options.recall == 0.95
+    assert options.min_tokens == 4096
+    assert options.inner == "inductor"
+    assert options.strict is False
+
+
+def test_is_frozen_and_hashable():
+    options = Options(inductor={"max_autotune": True})
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        options.policy = "exact"
+    assert hash(options) == hash(Options(inductor={"max_autotune": True}))
+    assert options != Options()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "stored"),
+    [
+        ("policy", "exact", "exact"),
+        ("recall", 1, 1.0),
+        ("recall", 1e-9, 1e-9),
+        ("min_tokens", 0, 0),
+        ("max_density", 1.0, 1.0),
+        ("inner", "aot_eager", "aot_eager"),
+        ("inner", a_backend, a_backend),
+        ("strict", True, True),
+        ("dump", "some/folder", Path("some/folder")),
+        ("dump", Path("folder"), Path("folder")),
+        ("inductor", {"max_autotune": True}, {"max_autotune": True}),
+        ("skip_passes", ["rewrite", "cleanup"], ("rewrite", "cleanup")),
+    ],
+)
+def test_accepted_values(name, value, stored):
+    options = Options.from_mapping({name: value}, environ={})
+    assert getattr(options, name) == stored
+    assert type(getattr(options, name)) is type(stored)
+
+
+REFUSED = [
+    ("policy", "config", "head configs are not supported yet"),
+    ("policy", "exakt", 'did you mean "exact"?'),
+    ("policy", None, '"adaptive" or "exact"'),
+    ("recall", 0, "in (0, 1]"),
+    ("recall", 1.01, "in (0, 1]"),
+    ("recall", float("nan"), "in (0, 1]"),
+    ("recall", "0.9", "'0.9'"),
+    ("recall", True, "got True"),
+    ("min_tokens", -1, "integer >= 0"),
+    ("min_tokens", 4096.0, "integer >= 0"),
+    ("min_tokens", False, "got False"),
+    ("max_density", 0.0, "in (0, 1]"),
+    ("max_density", float("inf"), "in (0, 1]"),
+    ("inner", "inducter", 'did you mean "inductor"?'),
+    ("inner", 3, "or a backend function"),
+    ("strict", 1, "True or False"),
+    ("strict", "yes", "True or False"),
+    ("dump", 3, "a path or None"),
+    ("dump", "", "a path or None"),
+    ("inductor", ["max_autotune"], "dict with string keys"),
+    ("inductor", {1: 2}, "dict with string keys"),
+    ("inductor", {"a": {(1, 2): 3}}, "keys must be str"),
+    ("skip_passes", "rewrite", "sequence of names"),
+    ("skip_passes", [""], "sequence of names"),
+    ("skip_passes", [1], "sequence of names"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "message"), REFUSED)
+def test_refused_values_say_what_is_accepted(name, value, message):
+    with pytest.raises(OptionError) as caught:
+        Options.from_mapping({name: value}, environ={})
+    assert f'option "{name}" must be ' in str(caught.value)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "value", "message"), REFUSED)
+def test_direct_construction_is_checked_too(name, value, message):
+    with pytest.raises(OptionError, match=f'option "{name}" must be '):
+        Options(**{name: value})
+
+
+def test_a_dict_that_contains_itself_is_refused():
+    nested: dict[str, object] = {}
+    nested["self"] = nested
+    with pytest.raises(OptionError, match=r"Circular reference"):
+        Options(inductor=nested)
+
+
+@pytest.mark.parametrize(
+    ("given_name", "meant"),
+    [("recal", "recall"), ("Policy", "policy"), ("min_token", "min_tokens"), ("skip-passes", "skip_passes")],
+)
+def test_unknown_option_suggests_the_nearest(given_name, meant):
+    with pytest.raises(OptionError) as caught:
+        Options.from_mapping({given_name: 1}, environ={})
+    assert str(caught.value) == f'unknown option "{given_name}"; did you mean "{meant}"?'
+
+
+def test_unknown_option_far_from_all_lists_them():
+    with pytest.raises(OptionError) as caught:
+        Options.from_mapping({"zzz": 1}, environ={})
+    assert all(name in str(caught.value) for name in NAMES)
+
+
+@given(st.text(max_size=12), st.lists(st.sampled_from(NAMES), unique=True))
+def test_suggestion_is_known_or_absent(word, known):
+    assert nearest(word, known) in {*known, None}
+    assert did_you_mean(word, known).startswith("; ")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "stored"),
+    [
+        ("policy", "exact", "exact"),
+        ("policy", " exact ", "exact"),
+        ("recall", "0.9", 0.9),
+        ("min_tokens", "128", 128),
+        ("max_density", "1", 1.0),
+        ("inner", "eager", "eager"),
+        ("strict", "1", True),
+        ("strict", "Off", False),
+        ("dump", "some/folder", Path("some/folder")),
+        ("inductor", '{"max_autotune": true}', {"max_autotune": True}),
+        ("inductor", "null", None),
+        ("skip_passes", "rewrite, cleanup,", ("rewrite", "cleanup")),
+    ],
+)
+def test_environment_is_parsed_by_type(name, text, stored):
+    options = Options.from_mapping({}, environ={env_name(name): text})
+    assert getattr(options, name) == stored
+    assert type(getattr(options, name)) is type(stored)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "accepts"),
+    [
+        ("policy", "config", "head configs are not supported yet"),
+        ("recall", "high", "a number in (0, 1]"),
+        ("recall", "2", "a number in (0, 1]"),
+        ("recall", "nan", "a number in (0, 1]"),
+        ("min_tokens", "4k", "an integer >= 0"),
+        ("min_tokens", "-1", "an integer >= 0"),
+        ("inner", "aot-eager", 'did you mean "aot_eager"?'),
+        ("strict", "maybe", "yes/no"),
+        ("inductor", "{max_autotune}", "a JSON object"),
+        ("inductor", "[1]", "a JSON object"),
+    ],
+)
+def test_malformed_environment_names_variable_value_and_range(name, text, accepts):
+    with pytest.raises(OptionError) as caught:
+        Options.from_mapping({}, environ={env_name(name): text})
+    message = str(caught.value)
+    assert message.startswith(f"environment variable {env_name(name)} must be ")
+    assert repr(text) in message
+    assert accepts in message
+
+
+def test_explicit_beats_environment_beats_default():
+    environ = {"MMI_RECALL": "0.8", "MMI_POLICY": "exact"}
+    options = Options.from_mapping({"recall": 0.7}, environ=environ)
+    assert (options.recall, options.policy, options.min_tokens) == (0.7, "exact", 4096)
+
+
+def test_an_overridden_variable_is_not_read():
+    assert Options.from_mapping({"recall": 0.7}, environ={"MMI_RECALL": "nonsense"}).recall == 0.7
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_empty_variable_counts_as_unset(name):
+    assert Options.from_mapping({}, environ={env_name(name): ""}) == Options()
+
+
+def test_the_process_environment_is_the_default(monkeypatch):
+    monkeypatch.setenv("MMI_RECALL", "0.75")
+    assert Options.from_mapping().recall == 0.75
+
+
+def test_the_mapping_is_copied():
+    nested = {"max_autotune": True}
+    options = Options.from_mapping({"inductor": nested}, environ={})
+    nested["max_autotune"] = False
+    assert options.inductor == {"max_autotune": True}
+
+
+def test_unknown_variable_warns_once_with_the_nearest():
+    environ = {"MMI_RECAL": "0.5"}
+    with pytest.warns(OptionWarning, match=r'MMI_RECAL is no option of mmi_compile; did you mean "MMI_RECALL"\?'):
+        Options.from_mapping({}, environ=environ)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Options.from_mapping({}, environ=environ)
+
+
+def test_variables_of_other_use_do_not_warn():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Options.from_mapping({}, environ=dict.fromkeys(NON_OPTIONS, "1") | {"OTHER": "1"})
+
+
+def test_skip_passes_are_checked_against_the_pipeline():
+    options = Options(skip_passes=("rewrit",))
+    with pytest.raises(OptionError, match=r'unknown pass "rewrit"; did you mean "rewrite"\?'):
+        options.check_skip_passes(["canonicalize", "rewrite"])
+    Options(skip_passes=("rewrite",)).check_skip_passes(["canonicalize", "rewrite"])
+
+
+def test_json_holds_every_option_and_only_plain_values():
+    options = Options(inner=a_backend, dump=Path("folder"), skip_passes=("cleanup",), inductor={"x": object})
+    plain = options.to_json()
+    assert list(plain) == NAMES
+    assert plain["inner"] == f"{__name__}.a_backend"
+    assert plain["dump"] == "folder"
+    assert plain["skip_passes"] == ["cleanup"]
+    assert json.loads(json.dumps(plain)) == plain
+
+
+values = st.fixed_dictionaries(
+    {},
+    optional={
+        "policy": st.sampled_from(["adaptive", "exact"]),
+        "recall": st.floats(min_value=0, max_value=1, exclude_min=True),
+        "min_tokens": st.integers(min_value=0, max_value=1 << 40),
+        "max_density": st.floats(min_value=0, max_value=1, exclude_min=True),
+        "inner": st.sampled_from(["inductor", "aot_eager", "eager"]),
+        "strict": st.booleans(),
+        "skip_passes": st.lists(st.from_regex(r"[a-z_]{1,8}", fullmatch=True), max_size=3),
+        "inductor": st.none() | st.dictionaries(st.text(max_size=4), st.booleans() | st.integers(), max_size=3),
+    },
+)
+
+
+def as_text(value: object) -> str:
+    if isinstance(value, list):
+        return ",".join(value)
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+@given(values)
+def test_environment_and_mapping_say_the_same(mapping):
+    environ = {env_name(name): as_text(value) for name, value in mapping.items()}
+    assert Options.from_mapping({}, environ=environ) == Options.from_mapping(mapping, environ={})
+
+
+@given(values)
+def test_json_gives_the_options_back(mapping):
+    options = Options(**mapping)
+    assert Options.from_mapping(options.to_json(), environ={}) == options
+
+
+@given(values, values)
+def test_digest_is_equal_exactly_when_what_shapes_code_is(left, right):
+    a, b = Options(**left), Options(**right)
+    same = dataclasses.replace(a, strict=False, dump=None) == dataclasses.replace(b, strict=False, dump=None)
+    assert (a.digest() == b.digest()) == same
+
+
+def test_digest_ignores_what_only_observes():
+    assert Options(strict=True, dump="folder").digest() == Options().digest()
+    assert len(Options().digest()) == 16
+
+
+def test_digest_ignores_the_order_of_a_dict():
+    assert Options(inductor={"a": 1, "b": 2}).digest() == Options(inductor={"b": 2, "a": 1}).digest()
+
+
+def test_table_has_one_row_per_option():
+    lines = options_table().splitlines()
+    assert lines[0].startswith("| option | type | default | environment | meaning |")
+    assert len(lines) == len(NAMES) + 2
+    for name, line in zip(NAMES, lines[2:], strict=True):
+        assert line.count("|") == 6
+        assert f"`{name}`" in line
+        assert f"`{env_name(name)}`" in line
