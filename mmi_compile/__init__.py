@@ -1,3 +1,60 @@
-"""MMInference as a ``torch.compile`` backend."""
+"""MMInference as a ``torch.compile`` backend: sparse prefill for long-context vision-language models.
+
+::
+
+    model = torch.compile(model, backend="mminference")          # no import needed
+    model = mmi_compile.compile(model)                           # Hugging Face models, also for model.generate
+    print(mmi_compile.explain(model, **inputs))                  # what would happen to each attention, and why
+
+Importing this package imports neither Triton nor transformers; every name below is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+_LOCATIONS = {
+    "compile": "frontend",
+    "explain": "frontend",
+    "last_report": "backend",
+    "modality": "record",
+    "MMIError": "decision",
+    "Decision": "decision",
+    "Reason": "decision",
+    "Options": "options",
+    "OptionError": "options",
+    "Report": "report",
+}
+
+__all__ = [
+    "Decision",
+    "MMIError",
+    "OptionError",
+    "Options",
+    "Reason",
+    "Report",
+    "__version__",
+    "compile",
+    "explain",
+    "last_report",
+    "modality",
+]
+
+if TYPE_CHECKING:
+    from mmi_compile.backend import last_report
+    from mmi_compile.decision import Decision, MMIError, Reason
+    from mmi_compile.frontend import compile, explain
+    from mmi_compile.options import OptionError, Options
+    from mmi_compile.record import modality
+    from mmi_compile.report import Report
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LOCATIONS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_LOCATIONS[name]}"), name)
+    globals()[name] = value
+    return value

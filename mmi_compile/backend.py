@@ -1,0 +1,160 @@
+"""The ``torch.compile`` backend: run the passes on a copy of each graph, hand the result to the inner backend."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from mmi_compile.decision import MMIError, Reason
+from mmi_compile.options import Options
+from mmi_compile.report import GraphReport, Report, remember
+
+CompiledFn = Callable[..., Any]
+
+
+def mminference(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | Options | None = None,
+    mode: str | None = None,
+) -> CompiledFn:
+    """Backend function: ``torch.compile(model, backend="mminference", options={...})``.
+
+    Args:
+        gm, example_inputs: what Dynamo captured.
+        options: see :class:`mmi_compile.options.Options`; unknown keys are refused.
+        mode: as for Inductor, passed on to it.
+
+    Raises:
+        OptionError: an option or an ``MMI_…`` variable is wrong.
+        MMIError: under ``strict=True``, where a pass failed or a causal attention could not be rewritten.
+    """
+    chosen = options if isinstance(options, Options) else Options.from_mapping(options)
+    return compile_graph(gm, example_inputs, chosen, mode, remember)
+
+
+def compile_graph(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    options: Options,
+    mode: str | None,
+    observe: Callable[[GraphReport], None],
+) -> CompiledFn:
+    """Rewrite one graph, report it to ``observe``, compile it with the inner backend."""
+    rewritten, report = rewrite_graph(gm, options, needs_grad=_needs_grad(example_inputs))
+    observe(report)
+    if options.strict:
+        _raise_if_left(report)
+    if options.dump is not None and report.sites:
+        report.dump(options.dump)
+    started = time.perf_counter()
+    try:
+        return _inner(rewritten, example_inputs, options, mode)
+    except Exception as error:
+        if rewritten is gm or options.strict:
+            raise
+        # Dynamo's graph without our changes may still compile; if it does not, the user sees the original error.
+        report.fail("inner backend", error)
+        return _inner(gm, example_inputs, options, mode)
+    finally:
+        report.seconds["inner backend"] = time.perf_counter() - started
+
+
+def rewrite_graph(gm: fx.GraphModule, options: Options, *, needs_grad: bool = False) -> tuple[fx.GraphModule, GraphReport]:
+    """Run the pass pipeline on a copy of ``gm``.
+
+    Returns:
+        The rewritten graph and its report, or ``gm`` itself when nothing changed or a pass raised (recorded in the
+        report; raised under ``strict``).
+    """
+    import mmi_compile.kernels.ops  # noqa: F401  registers mmi::…
+    from mmi_compile.passes import PIPELINE, PassContext, run_pipeline
+
+    key = graph_key(gm)
+    context = PassContext(options=options, graph_key=key, needs_grad=needs_grad)
+    report = GraphReport(key=key, options=options, original=gm)
+    copy = _copy(gm)
+    try:
+        run_pipeline(copy, context, PIPELINE, [report.observe])
+    except Exception as error:
+        if options.strict:
+            raise MMIError(f"pass {report.current_pass!r} failed: {error}") from error
+        for site in context.sites:
+            site.decision = None
+            site.leave(Reason.PASS_FAILED, f"{report.current_pass}: {type(error).__name__}: {error}")
+        report.finish(context, gm)
+        report.fail(report.current_pass, error)
+        return gm, report
+    for site in context.open_sites():
+        site.leave(Reason.SKIPPED, "rewrite")
+    report.finish(context, copy)
+    return (copy if context.changed else gm), report
+
+
+def graph_key(gm: fx.GraphModule) -> str:
+    """Name of a graph that another process gives to the same graph, so that compiled code can be cached on disk."""
+    code = re.sub(r"0x[0-9a-f]+", "", gm.code)
+    return hashlib.sha256(code.encode()).hexdigest()[:12]
+
+
+def _copy(gm: fx.GraphModule) -> fx.GraphModule:
+    """A graph of our own over the same parameters: Dynamo's graph stays as it is, for the fall-back."""
+    graph = fx.Graph(tracer_cls=getattr(gm.graph, "_tracer_cls", None))
+    mapping: dict[fx.Node, fx.Node] = {}
+    output = graph.graph_copy(gm.graph, mapping)
+    original = next(n for n in gm.graph.nodes if n.op == "output")
+    graph.output(output).meta.update(original.meta)
+    graph.set_codegen(gm.graph._codegen)
+    copy = fx.GraphModule(gm, graph, gm.__class__.__name__)
+    copy.meta.update(gm.meta)
+    for name in ("_param_name_to_source", "compile_subgraph_reason", "torchdynamo_force_dynamic"):
+        if hasattr(gm, name):
+            setattr(copy, name, getattr(gm, name))
+    return copy
+
+
+def _needs_grad(example_inputs: Sequence[Any]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs)
+
+
+def _raise_if_left(report: GraphReport) -> None:
+    harmless = {Reason.BIDIRECTIONAL, Reason.DECODE}
+    for site in report.sites:
+        decision = site.decision
+        if decision is not None and not decision.rewritten and decision.reason not in harmless:
+            assert decision.reason is not None
+            raise MMIError(
+                f"strict: attention {site.where or site.source} was not rewritten: {decision.reason.message}"
+                f" ({decision.detail}); {decision.reason.mend}"
+            )
+
+
+def _inner(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, mode: str | None) -> CompiledFn:
+    if callable(options.inner):
+        return options.inner(gm, example_inputs)
+    if options.inner == "eager":
+        return gm.forward
+    if options.inner == "aot_eager":
+        from torch._dynamo.backends.debugging import aot_eager
+
+        return aot_eager(gm, example_inputs)
+    from torch._inductor import list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+
+    patches = {**(list_mode_options(mode) if mode else {}), **(options.inductor or {})}
+    return compile_fx(gm, example_inputs, config_patches=patches or None)
+
+
+def last_report() -> Report | None:
+    """What was compiled in this process so far, newest graph last; None before the first compilation."""
+    from mmi_compile.report import remembered
+
+    graphs = remembered()
+    return Report(graphs) if graphs else None

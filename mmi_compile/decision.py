@@ -1,0 +1,80 @@
+"""One :class:`Decision` per attention: rewritten with what, or left alone and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Reason(Enum):
+    """Why an attention was left as it was. The value is ``(message, mend)``; both are shown to users."""
+
+    BIDIRECTIONAL = (
+        "it attends in both directions, so it is not a language model's prefill",
+        "nothing to do: encoders (vision towers) are left to the inner backend",
+    )
+    DECODE = ("one query token: a decode step", "nothing to do: decoding is memory bound and left alone")
+    UNKNOWN_MASK = (
+        "the meaning of its mask could not be proved",
+        "express the mask as causal, sliding window and padding terms, or pass is_causal=True",
+    )
+    UNKNOWN_OFFSET = (
+        "the position of its first query row could not be proved",
+        "use a DynamicCache, or prefill a StaticCache from its start",
+    )
+    GRAD_ENABLED = (
+        "gradients are enabled and an input requires them",
+        "run under torch.no_grad() or torch.inference_mode()",
+    )
+    DROPOUT = ("it drops out attention weights", "call model.eval(), or set the attention dropout to 0")
+    WEIGHTS_USED = (
+        "its attention weights are used elsewhere, so they must exist",
+        "turn output_attentions off",
+    )
+    DTYPE = ("its dtype has no kernel", "use float16, bfloat16 or float32")
+    HEAD_DIM = ("its head dimension has no kernel", "use a head dimension that is a multiple of 8, at most 256")
+    SHAPE = ("its shapes are not [batch, heads, tokens, head dim]", "call attention on 4-D tensors")
+    DEVICE = ("its device has no kernel", "run on CUDA, ROCm or the CPU")
+    TRITON_MISSING = ("Triton is not installed, and this device needs it", "pip install triton")
+    SKIPPED = ("a pass that it needs was skipped by the option skip_passes", "remove the pass from skip_passes")
+    PASS_FAILED = ("a pass raised an exception", "please report it with the text shown; the graph ran untouched")
+
+    @property
+    def message(self) -> str:
+        return self.value[0]
+
+    @property
+    def mend(self) -> str:
+        return self.value[1]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What became of one attention.
+
+    Attributes:
+        rewritten: the attention now runs as ``mmi::attention``.
+        what: for a rewritten one, what it runs as, in words.
+        reason: for one left alone, why; None when rewritten.
+        detail: the fact behind the reason, naming the node, dtype or size.
+    """
+
+    rewritten: bool
+    what: str = ""
+    reason: Reason | None = None
+    detail: str = ""
+
+    @classmethod
+    def left(cls, reason: Reason, detail: str = "") -> Decision:
+        return cls(rewritten=False, reason=reason, detail=detail)
+
+    def __str__(self) -> str:
+        if self.rewritten:
+            return f"rewritten: {self.what}"
+        if self.reason is None:
+            return "undecided"
+        return f"left alone: {self.reason.message}" + (f" ({self.detail})" if self.detail else "")
+
+
+class MMIError(RuntimeError):
+    """Raised under ``strict=True`` where the backend would otherwise fall back, and for requests it cannot serve."""

@@ -1,0 +1,85 @@
+"""``compile`` and ``explain``: the two calls for people who hold a model rather than a graph."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from mmi_compile import record
+from mmi_compile.backend import compile_graph, mminference
+from mmi_compile.language_model import find_language_model
+from mmi_compile.options import Options
+from mmi_compile.prompt_hook import PromptHook
+from mmi_compile.report import GraphReport, Report
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+def compile(
+    model: ModelT, *, dynamic: bool | None = None, fullgraph: bool = False, mode: str | None = None, **options: Any
+) -> ModelT:
+    """Compile the language model inside ``model`` in place, so that both ``model(**inputs)`` and
+    ``model.generate(**inputs)`` use it.
+
+    ``torch.compile(model).generate()`` would compile nothing: the attribute is the original's bound method. Vision
+    towers stay as they are. A pre-hook on ``model`` reads from each prompt which tokens are text, image or video.
+
+    Args:
+        model: a Hugging Face vision-language or text model, or any module with attention.
+        dynamic, fullgraph, mode: as for ``torch.compile``.
+        **options: see :class:`mmi_compile.Options`.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        OptionError: an unknown option or a wrong value.
+    """
+    backend = functools.partial(mminference, options=Options.from_mapping(options), mode=mode)
+    find_language_model(model).compile(backend=backend, dynamic=dynamic, fullgraph=fullgraph)
+    PromptHook.install(model)
+    return model
+
+
+def explain(model: nn.Module, *args: Any, options: Mapping[str, Any] | None = None, **kwargs: Any) -> Report:
+    """Run ``model(*args, **kwargs)`` once with the passes applied to every graph, and say what they did to each
+    attention: where it is, what its mask means, which tokens it sees, the decision and its reason, the patterns.
+
+    Nothing is lowered: graphs run as Dynamo captured them, with rewritten attention in place. Compiled state that the
+    model already has is left alone.
+
+    Args:
+        model: any module.
+        options: backend options (see :class:`mmi_compile.Options`); ``inner`` is ignored.
+
+    Returns:
+        A :class:`Report`; ``print(report)``, ``report.code()``, ``report.to_json()``.
+    """
+    chosen = Options.from_mapping({**(options or {}), "inner": "eager"})
+    graphs: list[GraphReport] = []
+
+    def observing(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
+        return compile_graph(gm, example_inputs, chosen, None, graphs.append)
+
+    prompt = PromptHook(model).read(args, kwargs)
+    with torch.no_grad(), record.hooked(prompt), _uncompiled(model):
+        torch.compile(model, backend=observing)(*args, **kwargs)
+    return Report(graphs)
+
+
+@contextmanager
+def _uncompiled(model: nn.Module) -> Iterator[None]:
+    """Let Dynamo see through parts that ``module.compile()`` has replaced."""
+    compiled = {m: m._compiled_call_impl for m in model.modules() if m._compiled_call_impl is not None}
+    try:
+        for module in compiled:
+            module._compiled_call_impl = None
+        yield
+    finally:
+        for module, call in compiled.items():
+            module._compiled_call_impl = call

@@ -1,0 +1,37 @@
+"""Find the language model inside a vision-language model by its interface, not by its class."""
+
+from __future__ import annotations
+
+import inspect
+
+from torch import nn
+
+
+def find_language_model(model: nn.Module) -> nn.Module:
+    """The decoder that reads token embeddings; ``model`` itself where no part of it answers that description.
+
+    transformers' ``get_decoder`` names it. Where a model lacks that method, the decoder is the one submodule that
+    takes ``inputs_embeds`` and holds a list of layers and a token embedding of its own.
+    """
+    named = getattr(model, "get_decoder", None)
+    if callable(named):
+        decoder = named()
+        if isinstance(decoder, nn.Module) and decoder is not model and _reads_embeddings(decoder):
+            return decoder
+    found = [m for m in model.modules() if m is not model and _reads_embeddings(m) and _has_layers(m)]
+    innermost = [m for m in found if not any(n is not m and n in set(m.modules()) for n in found)]
+    return innermost[0] if len(innermost) == 1 else model
+
+
+def _reads_embeddings(module: nn.Module) -> bool:
+    try:
+        return "inputs_embeds" in inspect.signature(module.forward).parameters
+    except (TypeError, ValueError):
+        return False
+
+
+def _has_layers(module: nn.Module) -> bool:
+    children = dict(module.named_children())
+    return any(isinstance(c, nn.ModuleList) and len(c) for c in children.values()) and any(
+        isinstance(c, nn.Embedding) for c in children.values()
+    )

@@ -1,0 +1,283 @@
+"""What happened to every attention, for people and for programs."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmi_compile import __version__, runtime
+from mmi_compile.decision import Decision, Reason
+from mmi_compile.record import LABELS
+
+if TYPE_CHECKING:
+    from torch import Tensor, fx
+
+    from mmi_compile.options import Options
+    from mmi_compile.passes.base import PassContext
+
+SCHEMA_VERSION = 1
+_MAX_RUNS_SHOWN = 12
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One attention: the facts found at compile time, without references to the graph.
+
+    Attributes:
+        where, layer, source: module path, layer number, and the user's source lines (empty where unknown).
+        form: ``sdpa`` or ``eager`` (written out as matmul, softmax, matmul).
+        shapes: of q and k, with dtype; sizes that vary are symbols.
+        mask: what the mask was proved to mean; expression: the boolean expression that was proved.
+        phase: ``prefill``, ``decode``, ``encoder`` or ``unclassified``.
+        pattern: what the policy gives each head before the input is known.
+        key: names the attention at run time.
+    """
+
+    where: str
+    layer: int | None
+    source: str
+    form: str
+    shapes: str
+    mask: str
+    expression: str
+    phase: str
+    pattern: str
+    key: str
+    decision: Decision | None
+
+    def to_json(self) -> dict[str, Any]:
+        decision = self.decision
+        out: dict[str, Any] = {
+            name: getattr(self, name)
+            for name in ("where", "layer", "source", "form", "shapes", "mask", "expression", "phase", "pattern", "key")
+        }
+        out["rewritten"] = decision is not None and decision.rewritten
+        out["decision"] = str(decision)
+        out["reason"] = decision.reason.name if decision is not None and decision.reason is not None else None
+        out["detail"] = decision.detail if decision is not None else ""
+        out["mend"] = decision.reason.mend if decision is not None and decision.reason is not None else ""
+        out["run"] = run_to_json(self.key)
+        return out
+
+
+@dataclass
+class GraphReport:
+    """One graph: its attentions, its modality source, its code before and after, and where the time went."""
+
+    key: str
+    options: Options
+    original: fx.GraphModule
+    rewritten: fx.GraphModule | None = None
+    sites: list[SiteReport] = field(default_factory=list)
+    modality_source: str = "none"
+    modality_labels: list[str] = field(default_factory=list)
+    tagged: list[str] = field(default_factory=list)
+    nodes_before: int = 0
+    nodes_after: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    failure: str = ""
+    current_pass: str = ""
+
+    def observe(self, event: str, name: str, gm: fx.GraphModule, context: PassContext) -> None:
+        """Pipeline observer: remembers which pass runs and how long each took."""
+        if event == "before":
+            self.current_pass = name
+            self.seconds[name] = -time.perf_counter()
+        else:
+            self.seconds[name] += time.perf_counter()
+
+    def finish(self, context: PassContext, gm: fx.GraphModule) -> None:
+        """Take over what the passes found; ``gm`` is the graph that will be compiled."""
+        self.rewritten = gm
+        self.nodes_before, self.nodes_after = len(self.original.graph.nodes), len(gm.graph.nodes)
+        self.modality_source = context.modality.source
+        self.modality_labels = list(context.modality.labels)
+        self.tagged = list(context.modality.tagged)
+        self.sites = [
+            SiteReport(
+                where=site.where, layer=site.layer, source=site.source, form=site.form, shapes=site.shapes,
+                mask=str(site.mask_fact) if site.mask_fact is not None else "not examined",
+                expression=site.mask_fact.expression if site.mask_fact is not None else "",
+                phase=site.phase, pattern=site.pattern, key=site.key, decision=site.decision,
+            )
+            for site in context.sites
+        ]  # fmt: skip
+
+    def fail(self, step: str, error: Exception) -> None:
+        """The untouched graph runs after all: record why."""
+        self.failure = f"{step}: {type(error).__name__}: {error}"
+        self.rewritten = self.original
+        left = Decision.left(Reason.PASS_FAILED, self.failure)
+        self.sites = [SiteReport(**{**vars(site), "decision": left}) for site in self.sites]
+
+    def code(self, *, before: bool = False) -> str:
+        """The graph that was compiled (or, with ``before``, the one Dynamo captured) as Python code."""
+        gm = self.original if before or self.rewritten is None else self.rewritten
+        return str(gm.print_readable(print_output=False, include_stride=False, colored=False))
+
+    def dump(self, folder: str | Path) -> None:
+        """Write the graph before and after as Python text into ``folder``."""
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        (path / f"{self.key}.before.py").write_text(self.code(before=True))
+        (path / f"{self.key}.after.py").write_text(self.code())
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "key": self.key,
+            "nodes": {"before": self.nodes_before, "after": self.nodes_after},
+            "modality": {
+                "source": self.modality_source, "labels": self.modality_labels, "tagged": self.tagged,
+                "prompt": modality_to_json(self.key),
+            },
+            "attentions": [site.to_json() for site in self.sites],
+            "seconds": {name: round(value, 6) for name, value in self.seconds.items()},
+            "failure": self.failure,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Report:
+    """All graphs of one compilation or explanation."""
+
+    graphs: Sequence[GraphReport]
+
+    @property
+    def sites(self) -> list[SiteReport]:
+        return [site for graph in self.graphs for site in graph.sites]
+
+    @property
+    def rewritten(self) -> list[SiteReport]:
+        return [site for site in self.sites if site.decision is not None and site.decision.rewritten]
+
+    def summary(self) -> str:
+        """One line: what was rewritten, and what was left alone for which reasons."""
+        sites, done = self.sites, self.rewritten
+        left = Counter(
+            site.decision.reason.name.lower()
+            for site in sites
+            if site.decision is not None and site.decision.reason is not None
+        )
+        graphs = f"{len(self.graphs)} graph{'s' if len(self.graphs) != 1 else ''}"
+        text = f"{len(done)} of {len(sites)} attentions rewritten in {graphs}"
+        if left:
+            text += " · left alone: " + ", ".join(f"{count} {name}" for name, count in left.most_common())
+        return text
+
+    def code(self, *, before: bool = False) -> str:
+        """The rewritten FX graphs (or, with ``before``, the captured ones) that hold attention, as Python code."""
+        return "\n\n".join(
+            f"# graph {graph.key}\n{graph.code(before=before)}" for graph in self.graphs if graph.sites
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able dict; ``schema`` is raised with every incompatible change."""
+        return {
+            "schema": SCHEMA_VERSION,
+            "version": __version__,
+            "summary": self.summary(),
+            "options": self.graphs[0].options.to_json() if self.graphs else {},
+            "graphs": [graph.to_json() for graph in self.graphs],
+        }
+
+    def dumps(self) -> str:
+        return json.dumps(self.to_json(), indent=2, default=str)
+
+    def __str__(self) -> str:
+        from mmi_compile.report_text import render
+
+        return render(self)
+
+
+# --- what ran ----------------------------------------------------------------------------------------------------
+
+
+def run_to_json(key: str) -> dict[str, Any] | None:
+    """The last run of an attention, copied from the device; None when it has not run."""
+    run = runtime.attention_run(key)
+    if run is None:
+        return None
+    density = run.density
+    heads = run.choice.describe() if run.choice is not None else []
+    per_head = [float(density)] if isinstance(density, (int, float)) else _floats(density)
+    return {
+        "q_len": run.q_len,
+        "kv_len": run.kv_len,
+        "path": run.path,
+        "calls": run.calls,
+        "density": sum(per_head) / max(1, len(per_head)),
+        "density_per_head": per_head,
+        "heads": heads,
+    }
+
+
+def _floats(tensor: Tensor) -> list[float]:
+    return [float(x) for x in tensor.detach().float().mean(0).flatten().cpu()]
+
+
+def modality_to_json(graph_key: str) -> dict[str, Any] | None:
+    """Counts and runs of each modality in the prompt that a graph last ran on; None when it has not run."""
+    run = runtime.modality_run(graph_key)
+    if run is None:
+        return None
+    ids = run.ids.cpu()
+    rows = [_runs(row.tolist()) for row in ids]
+    names = {value: _name(value, run.labels) for row in rows for value, _ in row}
+    counts: Counter[str] = Counter()
+    segments: Counter[str] = Counter()
+    for row in rows:
+        for value, length in row:
+            counts[names[value]] += length
+            segments[names[value]] += 1
+    return {
+        "source": run.source,
+        "tokens": dict(counts),
+        "segments": dict(segments),
+        "runs": [[[names[value], length] for value, length in row] for row in rows],
+    }
+
+
+def _name(value: int, labels: dict[int, str]) -> str:
+    if value in labels:
+        return labels[value]
+    return LABELS[value] if value < len(LABELS) else f"modality {value}"
+
+
+def _runs(values: Iterable[int]) -> list[tuple[int, int]]:
+    """Run-length encoding."""
+    out: list[tuple[int, int]] = []
+    for value in values:
+        if out and out[-1][0] == value:
+            out[-1] = (value, out[-1][1] + 1)
+        else:
+            out.append((value, 1))
+    return out
+
+
+# --- what was compiled in this process ---------------------------------------------------------------------------
+
+_remembered: deque[GraphReport] = deque(maxlen=512)
+_lock = threading.Lock()
+
+
+def remember(graph: GraphReport) -> None:
+    with _lock:
+        _remembered.append(graph)
+
+
+def remembered() -> list[GraphReport]:
+    with _lock:
+        return list(_remembered)
+
+
+def forget() -> None:
+    """Forget everything compiled so far, and what ran."""
+    with _lock:
+        _remembered.clear()
+    runtime.forget()

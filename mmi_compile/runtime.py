@@ -1,0 +1,74 @@
+"""What the operators saw when they last ran, kept for reports without making the device wait.
+
+Only small device tensors are kept (one number per head); they are copied to the host when a report is read.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass
+class AttentionRun:
+    """The last run of one attention.
+
+    Attributes:
+        q_len, kv_len: tokens of that run.
+        path: how it ran, in words: a kernel's name, or ``dense`` and why.
+        choice: the adaptive policy's choice per head (device tensors), or None.
+        density: pairs computed ÷ pairs of full causal attention, per ``[B, HQ]`` (device tensor), or a number.
+        calls: how often this attention has run.
+    """
+
+    q_len: int
+    kv_len: int
+    path: str
+    choice: Any = None
+    density: Tensor | float = 1.0
+    calls: int = 1
+
+
+@dataclass
+class ModalityRun:
+    """The modality ids a graph last ran with: int8 ``[B, S]`` on the device, and where they came from."""
+
+    source: str
+    ids: Tensor
+    labels: dict[int, str] = field(default_factory=dict)
+
+
+_lock = threading.Lock()
+_attention: dict[str, AttentionRun] = {}
+_modality: dict[str, ModalityRun] = {}
+
+
+def record_attention(key: str, run: AttentionRun) -> None:
+    with _lock:
+        before = _attention.get(key)
+        if before is not None:
+            run.calls = before.calls + 1
+        _attention[key] = run
+
+
+def record_modality(graph_key: str, run: ModalityRun) -> None:
+    with _lock:
+        _modality[graph_key] = run
+
+
+def attention_run(key: str) -> AttentionRun | None:
+    return _attention.get(key)
+
+
+def modality_run(graph_key: str) -> ModalityRun | None:
+    return _modality.get(graph_key)
+
+
+def forget() -> None:
+    """Drop everything recorded."""
+    with _lock:
+        _attention.clear()
+        _modality.clear()

@@ -1,0 +1,92 @@
+"""Decide from facts of the graph which attentions are a language model's prefill that a kernel can serve."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import sympy
+import torch
+from torch import fx
+
+from mmi_compile.decision import Reason
+from mmi_compile.passes.base import AttentionSite, PassContext
+from mmi_compile.passes.nodes import tensor_of, value_of
+
+MAX_HEAD_DIM = 256
+_DTYPES = {
+    "cpu": (torch.float16, torch.bfloat16, torch.float32, torch.float64),
+    "cuda": (torch.float16, torch.bfloat16),
+}
+
+
+@dataclass(frozen=True)
+class ClassifyPhase:
+    """Prefill is attention that is proved causal and has more than one query token; all else keeps its reason."""
+
+    name: str = "classify_phase"
+
+    def run(self, gm: fx.GraphModule, context: PassContext) -> None:
+        for site in context.sites:
+            if site.open:
+                _classify(site, context)
+            site.phase = _phase(site)
+
+
+def _classify(site: AttentionSite, context: PassContext) -> None:
+    q, k, fact = tensor_of(site.q), tensor_of(site.k), site.mask_fact
+    assert q is not None and k is not None
+    if fact is None:
+        return site.leave(Reason.SKIPPED, "prove_mask")
+    if isinstance(q.shape[2], int) and q.shape[2] == 1:
+        return site.leave(Reason.DECODE)
+    if not fact.known:
+        return site.leave(Reason.UNKNOWN_MASK, fact.detail)
+    if not fact.causal:
+        return site.leave(Reason.BIDIRECTIONAL, fact.expression)
+    if not _offset_is_usable(fact.offset, q.shape[2], k.shape[2]):
+        return site.leave(Reason.UNKNOWN_OFFSET, f"offset {fact.offset}, q_len {q.shape[2]}, kv_len {k.shape[2]}")
+    if fact.window is not None and not fact.window.is_Integer:
+        return site.leave(Reason.UNKNOWN_MASK, f"window {fact.window} is not a constant")
+    dropout = value_of(site.dropout_p)
+    if dropout != 0.0:
+        return site.leave(Reason.DROPOUT, f"dropout_p={dropout}")
+    if context.needs_grad:
+        return site.leave(Reason.GRAD_ENABLED)
+    return _check_kernel(site, q)
+
+
+def _check_kernel(site: AttentionSite, q: torch.Tensor) -> None:
+    v = tensor_of(site.v)
+    assert v is not None
+    dtypes = _DTYPES.get(q.device.type)
+    if dtypes is None:
+        return site.leave(Reason.DEVICE, q.device.type)
+    if q.dtype not in dtypes or v.dtype != q.dtype:
+        return site.leave(Reason.DTYPE, f"{str(q.dtype).removeprefix('torch.')} on {q.device.type}")
+    head_dim = q.shape[3]
+    if not isinstance(head_dim, int) or head_dim > MAX_HEAD_DIM or head_dim % 8 or v.shape[3] != head_dim:
+        return site.leave(Reason.HEAD_DIM, f"head dim {head_dim}, values {v.shape[3]}")
+    if q.device.type == "cuda" and not torch.utils._triton.has_triton():
+        return site.leave(Reason.TRITON_MISSING)
+    return None
+
+
+def _offset_is_usable(offset: sympy.Expr, q_len: object, kv_len: object) -> bool:
+    """The rewrite can name this offset: a constant ≥ 0, or ``kv_len - q_len``."""
+    return bool(offset.is_Integer and offset >= 0) or offset_is_suffix(offset, q_len, kv_len)
+
+
+def offset_is_suffix(offset: sympy.Expr, q_len: object, kv_len: object) -> bool:
+    """Proved: the query rows are the last ``q_len`` positions, ``offset == kv_len - q_len``."""
+    sizes = [s.node.expr if isinstance(s, torch.SymInt) else sympy.Integer(s) for s in (q_len, kv_len)]
+    return bool(sympy.expand(offset - (sizes[1] - sizes[0])) == 0)
+
+
+def _phase(site: AttentionSite) -> str:
+    if site.decision is None:
+        return "prefill"
+    if site.decision.reason is Reason.DECODE:
+        return "decode"
+    if site.decision.reason is Reason.BIDIRECTIONAL:
+        return "encoder"
+    return "unclassified" if site.mask_fact is None or not site.mask_fact.causal else "prefill"

@@ -1,0 +1,25 @@
+"""Remove what only the old attention needed: masks, expanded heads, N×N scores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from mmi_compile.passes.base import PassContext
+from mmi_compile.passes.dataflow import erase_dead
+
+
+@dataclass(frozen=True)
+class Cleanup:
+    """Erase pure nodes in the cones of rewritten attentions that nothing reads any more, then check the graph.
+
+    Nothing outside those cones is touched: an unused in-place call may still matter to someone.
+    """
+
+    name: str = "cleanup"
+
+    def run(self, gm: fx.GraphModule, context: PassContext) -> None:
+        erase_dead(gm.graph, context.dead_candidates)
+        gm.graph.lint()
+        gm.recompile()

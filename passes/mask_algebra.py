@@ -1,0 +1,235 @@
+"""The mask prover: from the nodes that build an attention mask to what the mask means.
+
+    le = kv_indices <= q_indices                     causal
+    mask = le & attention_mask[batch, kv]     ==>    padding = attention_mask
+    mask = mask.expand(B, 1, S, S)                   (and nothing else)
+
+The cone of the mask is read into one expression over ``b, h, i, j`` and the shape symbols (``mask_reader``), brought
+to conjunctive normal form (``mask_clauses``), and each clause has to be one of the terms of ``MaskFact``. What is not
+recognised makes the fact unknown and names the term: a mask is never guessed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import sympy
+import torch
+from sympy.logic.boolalg import Boolean
+from torch import fx
+
+from mmi_compile.passes.mask_clauses import Clause, TooComplex, conjunctive, simplify
+from mmi_compile.passes.mask_fact import MaskFact
+from mmi_compile.passes.mask_reader import Reader, Unsound
+from mmi_compile.passes.mask_symbols import (
+    BATCH,
+    HEAD,
+    KEY,
+    QUERY,
+    AtLeastZero,
+    Cases,
+    Datum,
+    Live,
+    SymbolicTensor,
+    Truth,
+    axis,
+    provably_nonnegative,
+    reindex,
+    same,
+    symbolic,
+)
+
+__all__ = ["Prover", "prove", "symbolic"]
+
+Size = int | torch.SymInt | sympy.Expr | fx.Node
+
+
+class _Refusal(Exception):
+    """The mask is not understood; the message is the fact's detail."""
+
+
+def prove(mask: fx.Node, *, q_len: Size, kv_len: Size, batch: Size | None = None) -> MaskFact:
+    """What one mask means; see ``Prover.prove``. For several masks of a graph, share a ``Prover``."""
+    return Prover().prove(mask, q_len=q_len, kv_len=kv_len, batch=batch)
+
+
+class Prover:
+    """Proves masks; every node of a graph is read once, so layers that share terms cost nothing more.
+
+    Graphs must not change while the prover is in use.
+    """
+
+    def __init__(self) -> None:
+        self._readers: dict[fx.Graph, Reader] = {}
+
+    def prove(self, mask: fx.Node, *, q_len: Size, kv_len: Size, batch: Size | None = None) -> MaskFact:
+        """What ``mask`` means to an attention of ``q_len`` query rows and ``kv_len`` keys.
+
+        Args:
+            mask: a node of the graph with a traced value of 1 to 4 dimensions, broadcast to ``[B, H, q_len, kv_len]``.
+                bool is read as SDPA reads it (True is visible), floating point as additive; other dtypes are unknown.
+            q_len, kv_len: tokens, as integers, SymInts, or nodes that hold one.
+            batch: ``B`` of the attention. Without it, ``B`` is taken to be the mask's own first dimension, and the
+                caller has to compare the padding's first dimension with the real one.
+
+        Returns:
+            The fact; unknown, with a detail, for whatever is not proved. Symbols are assumed to be what torch made
+            them (sizes are positive); dimensions are assumed not to be empty. Never raises for a mask that is merely
+            not understood.
+        """
+        reader = self._readers.get(mask.graph) or self._readers.setdefault(mask.graph, Reader(mask.graph))
+        try:
+            return _Reading.of(reader, mask, symbolic(q_len), symbolic(kv_len), batch).fact()
+        except (_Refusal, Unsound) as reason:
+            return MaskFact(known=False, detail=str(reason))
+        except TooComplex:
+            return MaskFact(known=False, detail=f"the condition of `{mask.name}` is too complex")
+
+
+@dataclass
+class _Reading:
+    """One mask as clauses, while its terms are being recognised."""
+
+    reader: Reader
+    shape: tuple[sympy.Expr, ...]
+    condition: Boolean
+    q_len: sympy.Expr
+    kv_len: sympy.Expr
+    batch: sympy.Expr
+    causal: list[sympy.Expr] = field(default_factory=list)
+    behind: list[sympy.Expr] = field(default_factory=list)
+    padding: list[Boolean] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, reader: Reader, mask: fx.Node, q_len: sympy.Expr, kv_len: sympy.Expr, batch: Size | None) -> _Reading:
+        tensor = reader.read(mask)
+        rank = len(tensor.shape)
+        if not 1 <= rank <= 4:
+            raise _Refusal(f"`{mask.name}` has {rank} dimensions")
+        for size, wanted, name in zip(reversed(tensor.shape), (kv_len, q_len), ("keys", "query rows"), strict=False):
+            if size != 1 and not same(size, wanted):
+                raise _Refusal(f"`{mask.name}` has {size} {name}, the attention {wanted}: not proved equal")
+        own = tensor.shape[0] if rank == 4 else sympy.Integer(1)
+        rows = own if batch is None else symbolic(batch)
+        if own != 1 and not same(own, rows):
+            raise _Refusal(f"`{mask.name}` has batch size {own}, the attention {rows}: not proved equal")
+        condition = _visible(reader, mask, tensor)
+        return cls(reader, tensor.shape, condition, q_len, kv_len, rows)
+
+    @property
+    def sizes(self) -> dict[sympy.Symbol, sympy.Expr]:
+        sizes = {axis(n): size for n, size in enumerate(reversed(self.shape))}
+        return sizes | {QUERY: self.q_len, KEY: self.kv_len}
+
+    def fact(self) -> MaskFact:
+        clauses = simplify(conjunctive(self.condition), self.sizes)
+        for clause in sorted(clauses, key=_text):
+            self._recognise(clause)
+        causal, offset, window = self._band()
+        expression = " & ".join(sorted(_text(c) for c in clauses)) or "True"
+        return MaskFact(True, causal, offset, window, self._padding_node(), expression)
+
+    def _recognise(self, clause: Clause) -> None:
+        if not clause:
+            raise _Refusal("every pair is hidden")
+        if len(clause) > 1:
+            raise _Refusal(f"the term {_text(clause)} is not a plain condition{self._reason(clause)}")
+        (literal,) = clause
+        if not isinstance(literal, AtLeastZero):
+            self.padding.append(literal)
+            return
+        free = sympy.expand(literal.expr)
+        row, key = free.coeff(QUERY, 1), free.coeff(KEY, 1)
+        rest = sympy.expand(free - row * QUERY - key * KEY)
+        if self.q_len == 1 and row == 0:
+            row = -key  # row 0 is the only one, so a bound on keys alone is a bound relative to it
+        if {QUERY, KEY, HEAD, BATCH} & rest.free_symbols or (row, key) not in ((1, -1), (-1, 1)):
+            raise _Refusal(f"the term {_text(clause)} is neither causal nor a window")
+        (self.causal if key == -1 else self.behind).append(rest)
+
+    def _band(self) -> tuple[bool, sympy.Expr, sympy.Expr | None]:
+        """Causal, offset and window from ``j <= i + c`` and ``i - j <= w`` terms."""
+        aligned = sympy.expand(self.kv_len - self.q_len)
+        offset = _least(self.causal, "causal") if self.causal else aligned
+        if not self.behind:
+            return bool(self.causal), offset if self.causal else sympy.Integer(0), None
+        window = sympy.expand(_least(self.behind, "window") + offset + 1)
+        if not provably_nonnegative(window - 1):
+            raise _Refusal(f"the sliding window {window} is not provably positive")
+        return bool(self.causal), offset, window
+
+    def _padding_node(self) -> fx.Node | None:
+        if not self.padding:
+            return None
+        if len(self.padding) > 1:
+            raise _Refusal(f"several data-dependent terms: {', '.join(map(str, self.padding))}")
+        (wanted,) = self.padding
+        symbols = set().union(*(e.free_symbols for e in _live(wanted).index))
+        for symbol, name in ((HEAD, "heads"), (QUERY, "query rows")):
+            if symbol in symbols:
+                raise _Refusal(f"the term {wanted} differs between {name}{self._reason([wanted])}")
+        for node, tensor in self.reader.known.items():
+            if self._is_padding(tensor, wanted):
+                return node
+        raise _Refusal(f"the term {wanted} is not a [batch, kv_len] tensor of the graph{self._reason([wanted])}")
+
+    def _is_padding(self, tensor: SymbolicTensor, wanted: Boolean) -> bool:
+        """Whether element ``[b, j]`` of ``tensor``, by itself, is non-zero exactly where ``wanted`` holds."""
+        if len(tensor.shape) != 2 or not same(tensor.shape[0], self.batch) or not same(tensor.shape[1], self.kv_len):
+            return False
+        element = reindex(tensor.element, {QUERY: BATCH})
+        if isinstance(element, Truth):
+            found = element.condition
+        elif isinstance(element, Datum) and element.integral and not tensor.dtype.is_floating_point:
+            found = Live(element.name, *element.index)
+        else:
+            return False
+        # An expanded row has the right values too, but only a tensor of its own is worth handing on.
+        own = all(
+            size == 1 or symbol in _symbols(found) for symbol, size in zip((BATCH, KEY), tensor.shape, strict=False)
+        )
+        return bool(own and found == wanted)
+
+    def _reason(self, literals: Clause | list[Boolean]) -> str:
+        names = sorted({atom.name for literal in literals for atom in literal.atoms(Live)})
+        known = [f"`{name}` is {why}" for name in names if (why := self.reader.reasons.get(name))]
+        return f" ({'; '.join(known)})" if known else ""
+
+
+def _visible(reader: Reader, mask: fx.Node, tensor: SymbolicTensor) -> Boolean:
+    """The condition under which a pair is visible, from a bool or an additive mask."""
+    element = tensor.element
+    if isinstance(element, Truth):
+        return element.condition
+    if not tensor.dtype.is_floating_point:
+        raise _Refusal(f"`{mask.name}` is {tensor.dtype}, neither bool nor floating point")
+    if not isinstance(element, Cases):
+        name = element.name if isinstance(element, Datum) else mask.name
+        reason = reader.reasons.get(name, "made of positions")
+        raise _Refusal(f"`{mask.name}` adds data of `{name}` to the scores ({reason})")
+    hidden = (float("-inf"), torch.finfo(tensor.dtype).min)
+    for value, _ in element.items:
+        if value != 0 and value not in hidden:
+            raise _Refusal(f"`{mask.name}` adds {value} to scores: a bias, or not low enough for {tensor.dtype}")
+    return sympy.Or(*(when for value, when in element.items if value == 0))
+
+
+def _least(bounds: list[sympy.Expr], what: str) -> sympy.Expr:
+    """The smallest of several bounds, if their order is provable."""
+    for bound in bounds:
+        if all(provably_nonnegative(other - bound) for other in bounds):
+            return bound
+    raise _Refusal(f"several {what} terms whose order is not proved: {', '.join(map(str, bounds))}")
+
+
+def _live(literal: Boolean) -> Live:
+    (atom,) = literal.atoms(Live)
+    return atom
+
+
+def _symbols(condition: Boolean) -> set[sympy.Symbol]:
+    return set().union(*(e.free_symbols for atom in condition.atoms(Live) for e in atom.index))
+
+
+def _text(clause: Clause) -> str:
+    return " | ".join(sorted(map(str, clause))) or "False"

@@ -1,0 +1,74 @@
+"""Small questions that several passes ask of FX nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+
+def value_of(node: Any) -> Any:
+    """The example value Dynamo recorded for a node (a FakeTensor, a SymInt, …); constants are their own value."""
+    return node.meta.get("example_value") if isinstance(node, fx.Node) else node
+
+
+def tensor_of(node: Any) -> torch.Tensor | None:
+    value = value_of(node)
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def same(a: Any, b: Any) -> bool:
+    """Are two sizes (int or SymInt) equal for *every* input, not just for this example? Adds no guard."""
+    if isinstance(a, torch.SymInt) or isinstance(b, torch.SymInt):
+        left = a.node.expr if isinstance(a, torch.SymInt) else a
+        right = b.node.expr if isinstance(b, torch.SymInt) else b
+        return bool((left - right) == 0)
+    return bool(a == b)
+
+
+def same_shape(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dim() == b.dim() and all(same(x, y) for x, y in zip(a.shape, b.shape, strict=True))
+
+
+def is_call(node: Any, functions: tuple[Any, ...] = (), methods: tuple[str, ...] = ()) -> bool:
+    """Is ``node`` a call of one of these functions, or of one of these tensor methods?"""
+    if not isinstance(node, fx.Node):
+        return False
+    if node.op == "call_function":
+        return any(node.target is function or node.target == function for function in functions)
+    return node.op == "call_method" and node.target in methods
+
+
+def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+    """An argument of a call, given by position or by name."""
+    if len(node.args) > position:
+        return node.args[position]
+    return node.kwargs.get(name, default)
+
+
+def insert_call(before: fx.Node, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+    """Insert a call and compute its example value from those of its arguments, so that later passes and
+    AOTAutograd's cache can see what it is."""
+    graph = before.graph
+    with graph.inserting_before(before):
+        node = graph.call_function(target, args, kwargs)
+    fake_args, fake_kwargs = fx.node.map_arg((args, kwargs), lambda n: n.meta.get("example_value"))
+    mode = _fake_mode(graph)
+    with mode if mode is not None else torch.no_grad(), torch.no_grad():
+        node.meta["example_value"] = target(*fake_args, **fake_kwargs)
+    for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):
+        if key in before.meta:
+            node.meta[key] = before.meta[key]
+    return node
+
+
+def _fake_mode(graph: fx.Graph) -> Any:
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    for node in graph.nodes:
+        value = value_of(node)
+        if isinstance(value, FakeTensor):
+            return value.fake_mode
+    return None

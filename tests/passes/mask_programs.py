@@ -1,0 +1,298 @@
+"""Random programs that build attention masks: right ones, nearly right ones and nonsense, as Dynamo-like graphs."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from hypothesis import strategies as st
+from torch import Tensor, fx
+from torch._dynamo.source import LocalSource
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+from mmi_compile.passes.mask_symbols import symbolic
+
+
+class Refused(Exception):
+    """torch itself refuses the program (shapes or dtypes that do not fit)."""
+
+
+class Builder:
+    """Adds nodes to a graph and records ``example_value`` exactly as Dynamo does: by running them on fake tensors.
+
+    The inputs are ``rows`` (float ``[B, q_len]``, only there for its sizes) and ``pad`` (int64 ``[B, kv_len]``).
+    """
+
+    def __init__(self, batch: int, q_len: int, kv_len: int, dynamic: bool) -> None:
+        self.graph = fx.Graph()
+        self.shapes = ShapeEnv()
+        self.mode = FakeTensorMode(shape_env=self.shapes)
+        self.rows = self._input("rows", torch.zeros(batch, q_len), dynamic)
+        self.pad = self._input("pad", torch.ones(batch, kv_len, dtype=torch.int64), dynamic)
+        self.batch, self.q_len = self.size(self.rows, 0), self.size(self.rows, 1)
+        self.kv_len = self.size(self.pad, 1)
+
+    def _input(self, name: str, value: Tensor, dynamic: bool) -> fx.Node:
+        node = self.graph.placeholder(name)
+        context = StatelessSymbolicContext([DimDynamic.DYNAMIC if dynamic else DimDynamic.STATIC] * value.dim())
+        node.meta["example_value"] = self.mode.from_tensor(
+            value, symbolic_context=context, source=LocalSource(name), static_shapes=None
+        )
+        return node
+
+    def size(self, node: fx.Node, dim: int) -> Any:
+        """A size as Dynamo passes it: a plain int, or a node that holds a SymInt."""
+        found = node.meta["example_value"].shape[dim]
+        return found if isinstance(found, int) else self.method("size", node, dim)
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> Any:
+        """A function call; a call that needs no node (sizes that are plain ints) is folded."""
+        if not any(isinstance(a, fx.Node) for a in args) and all(isinstance(a, int) for a in args):
+            if target in (operator.add, operator.sub):
+                return target(*args)
+        return self._record("call_function", target, args, kwargs)
+
+    def method(self, name: str, *args: Any, **kwargs: Any) -> fx.Node:
+        return self._record("call_method", name, args, kwargs)
+
+    def _record(self, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+        fake_args, fake_kwargs = fx.map_arg((args, kwargs), lambda n: n.meta["example_value"])
+        function = target if op == "call_function" else getattr(type(fake_args[0]), target, None)
+        try:
+            with self.mode:
+                value = function(*fake_args, **fake_kwargs)
+        except (RuntimeError, IndexError, TypeError, ValueError) as error:
+            raise Refused(str(error)) from None
+        node = self.graph.create_node(op, target, args, kwargs)
+        node.meta["example_value"] = value
+        assert isinstance(value, (FakeTensor, int, torch.SymInt)), (target, value)
+        return node
+
+    def symbols(self) -> dict[str, sympy.Expr]:
+        return {"B": symbolic(self.batch), "q": symbolic(self.q_len), "kv": symbolic(self.kv_len)}
+
+
+class Values(fx.Interpreter):
+    """Runs a graph for real and keeps what every node computed."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        super().__init__(fx.GraphModule({}, graph), garbage_collect_values=False)
+
+    def run_node(self, n: fx.Node) -> Any:
+        found = super().run_node(n)
+        self.by_name = {**getattr(self, "by_name", {}), n.name: found}
+        return found
+
+
+@dataclass
+class Program:
+    """A finished mask graph."""
+
+    builder: Builder
+    mask: fx.Node
+
+    def run(self, batch: int, q_len: int, kv_len: int, seed: int = 0) -> dict[str, Any]:
+        """Every node's value for inputs of these sizes; padding data are 0, 1 and, now and then, other integers."""
+        generator = torch.Generator().manual_seed(seed)
+        data = torch.tensor([0, 1, 1, 1, 2, -1, 256])
+        pad = data[torch.randint(0, 4 if seed % 2 else len(data), (batch, kv_len), generator=generator)]
+        interpreter = Values(self.builder.graph)
+        interpreter.run(torch.zeros(batch, q_len), pad)
+        return interpreter.by_name
+
+
+_SPELLINGS = {
+    "le": (operator.le, torch.le, torch.less_equal, "le"), "lt": (operator.lt, torch.lt, torch.less, "lt"),
+    "ge": (operator.ge, torch.ge, torch.greater_equal, "ge"), "gt": (operator.gt, torch.gt, torch.greater, "gt"),
+    "eq": (operator.eq, torch.eq, "eq"), "ne": (operator.ne, torch.not_equal, "ne"),
+    "and": (operator.and_, torch.logical_and, torch.bitwise_and, "logical_and", operator.mul, "__and__"),
+    "or": (operator.or_, torch.logical_or, "logical_or", operator.add), "xor": (operator.xor, "logical_xor"),
+    "not": (operator.invert, torch.logical_not, "logical_not", "bitwise_not"),
+}  # fmt: skip
+
+
+def _spell(draw: st.DrawFn, b: Builder, name: str, *args: Any) -> fx.Node:
+    target = draw(st.sampled_from(_SPELLINGS[name]))
+    return b.method(target, *args) if isinstance(target, str) else b.call(target, *args)
+
+
+def _positions(draw: st.DrawFn, b: Builder, length: Any, column: bool) -> fx.Node:
+    kind = draw(st.sampled_from(["plain", "plain", "from", "int32", "step", "float"]))
+    if kind == "from":
+        start = draw(st.integers(-2, 3))
+        found = b.call(torch.arange, start, b.call(operator.add, length, start))
+    elif kind == "step":
+        found = b.call(torch.arange, 0, b.call(operator.add, b.call(operator.add, length, length), 0), 2)
+    else:
+        dtype = {"plain": None, "int32": torch.int32, "float": torch.float32}[kind]
+        found = b.call(torch.arange, length, **({"dtype": dtype} if dtype else {}))
+    offset: Any = draw(st.sampled_from([0, 0, 0, 1, -1, "aligned"]))
+    if offset == "aligned":
+        offset = b.call(operator.sub, b.kv_len, b.q_len)
+    found = b.call(draw(st.sampled_from([operator.add, operator.sub])), found, offset)
+    if draw(st.booleans()):
+        return b.call(operator.getitem, found, (slice(None), None) if column else (None, slice(None)))
+    if not column:
+        return found
+    return b.method(
+        *draw(st.sampled_from([("unsqueeze", found, -1), ("view", found, -1, 1), ("reshape", found, (-1, 1))]))
+    )
+
+
+def _comparison(draw: st.DrawFn, b: Builder) -> fx.Node:
+    i, j = _positions(draw, b, b.q_len, column=True), _positions(draw, b, b.kv_len, column=False)
+    form = draw(st.sampled_from(["j?i", "i?j", "distance", "back", "swapped", "one"]))
+    name = draw(st.sampled_from(["le", "lt", "ge", "gt", "eq", "ne"]))
+    width = draw(st.integers(-1, 5))
+    if form == "distance":
+        return _spell(draw, b, name, b.call(operator.sub, i, j), width)
+    if form == "back":
+        return _spell(draw, b, name, b.call(operator.sub, i, width), j)
+    if form == "swapped":
+        i, j = b.method("transpose", j if draw(st.booleans()) else i, 0, -1), i
+    if form == "one":
+        return _spell(draw, b, name, j if draw(st.booleans()) else i, width)
+    return _spell(draw, b, name, i, j) if form == "i?j" else _spell(draw, b, name, j, i)
+
+
+def _triangle(draw: st.DrawFn, b: Builder) -> fx.Node:
+    shape = (b.q_len, b.kv_len) if draw(st.booleans()) else (b.kv_len, b.q_len)
+    dtype = draw(st.sampled_from([torch.bool, torch.float32, torch.int64, torch.uint8, torch.float16]))
+    full = b.call(torch.ones, *shape, dtype=dtype)
+    name = draw(st.sampled_from(["tril", "triu", "tril_"]))
+    diagonal: Any = draw(st.sampled_from([0, 0, 1, -1, 2, "aligned"]))
+    if diagonal == "aligned":
+        diagonal = b.call(operator.sub, b.kv_len, b.q_len)
+    found = b.method(name, full, diagonal) if draw(st.booleans()) else b.method(name, full, diagonal=diagonal)
+    if draw(st.integers(0, 9)) == 0:
+        b.method("fill_", full, 1)  # a change that the reading of the triangle must not miss
+    form = draw(st.sampled_from(["bool", "to", "eq", "gt"]))
+    if form in ("bool", "to"):
+        return b.method("bool", found) if form == "bool" else b.method("to", found, torch.bool)
+    return _spell(draw, b, form, found, draw(st.sampled_from([0, 1])))
+
+
+def _padding(draw: st.DrawFn, b: Builder) -> fx.Node:
+    pad: Any = b.pad
+    dtype = draw(st.sampled_from([None, None, torch.bool, torch.float32, torch.float16, torch.uint8, torch.int32]))
+    pad = b.method("to", pad, dtype) if dtype else pad
+    shape: Any = draw(
+        st.sampled_from(
+            [
+                (slice(None), None, None, slice(None)), (slice(None), None, None),
+                (slice(None), None, slice(None), None), (slice(None), None), (None, slice(None)), (0,),
+                (slice(0, 1), None, None),
+                (slice(None), None, None, slice(1, None)), (slice(None), None, None, slice(None, None, 1)),
+            ]
+        )
+    )  # fmt: skip
+    form = draw(st.sampled_from(["bool", "ne", "eq", "gt", "gather", "not"]))
+    early = draw(st.booleans())
+    if form == "gather":
+        return _gathered(draw, b, b.method("bool", pad))
+    pad = pad if early else b.call(operator.getitem, pad, shape)
+    if form in ("bool", "not"):
+        pad = b.method("bool", pad)
+        pad = _spell(draw, b, "not", pad) if form == "not" else pad
+    else:
+        pad = _spell(draw, b, form, pad, draw(st.sampled_from([0, 0, 1])))
+    return b.call(operator.getitem, pad, shape) if early else pad
+
+
+def _gathered(draw: st.DrawFn, b: Builder, pad: fx.Node) -> fx.Node:
+    batch = b.call(operator.getitem, b.call(torch.arange, b.batch), (slice(None), None, None, None))
+    length, place = draw(st.sampled_from([(b.kv_len, 3), (b.kv_len, 3), (b.q_len, 2)]))
+    index = [None, None, None, None]
+    index[place] = slice(None)  # type: ignore[call-overload]
+    keys = b.call(operator.getitem, b.call(torch.arange, length), tuple(index))
+    if draw(st.integers(0, 4)) == 0:
+        keys = b.call(operator.sub, keys, 1)
+    return b.call(operator.getitem, pad, (batch, keys))
+
+
+def _heads(draw: st.DrawFn, b: Builder) -> fx.Node:
+    heads = b.call(operator.getitem, b.call(torch.arange, 2), (slice(None), None, None))
+    return _spell(draw, b, draw(st.sampled_from(["lt", "ge"])), heads, draw(st.sampled_from([0, 1, 2])))
+
+
+def _pieces(draw: st.DrawFn, b: Builder) -> fx.Node:
+    """``cat([past, square], -1)``, as older models build chunked causality."""
+    past = b.call(operator.sub, b.kv_len, b.q_len)
+    first = b.call(torch.ones, b.q_len, past, dtype=torch.bool)
+    second = b.method("tril", b.call(torch.ones, b.q_len, b.q_len, dtype=torch.bool), draw(st.sampled_from([0, 0, 1])))
+    return b.call(torch.cat, [first, second] if draw(st.integers(0, 3)) else [second, first], dim=-1)
+
+
+_TERMS = [_comparison, _comparison, _triangle, _triangle, _padding, _padding, _padding, _pieces, _heads]
+
+
+def _condition(draw: st.DrawFn, b: Builder, depth: int) -> fx.Node:
+    if depth == 0:
+        return draw(st.sampled_from(_TERMS))(draw, b)
+    left = _condition(draw, b, depth - 1)
+    form = draw(st.sampled_from(["and", "and", "and", "and", "or", "xor", "not", "where", "masked_fill", "keep"]))
+    if form == "keep":
+        return left
+    if form == "not":
+        return _spell(draw, b, "not", left)
+    right = _condition(draw, b, draw(st.integers(0, depth - 1)))
+    if form == "where":
+        return b.call(torch.where, left, right, draw(st.sampled_from([False, True])))
+    if form == "masked_fill":
+        return b.method("masked_fill", left, right, draw(st.sampled_from([False, True])))
+    return _spell(draw, b, form, left, right)
+
+
+def _additive(draw: st.DrawFn, b: Builder, mask: fx.Node) -> fx.Node:
+    dtype = draw(st.sampled_from([torch.float32, torch.float32, torch.float16, torch.bfloat16]))
+    low = draw(st.sampled_from([float("-inf"), torch.finfo(dtype).min, torch.finfo(dtype).min, -1e4]))
+    form = draw(st.sampled_from(["where", "fill", "scale", "invert", "log"]))
+    if form == "where":
+        found = b.call(torch.where, mask, b.call(torch.zeros, (), dtype=dtype), low)
+    elif form == "fill":
+        zeros = b.method("to", b.call(torch.zeros_like, mask), dtype)
+        found = b.method("masked_fill", zeros, _spell(draw, b, "not", mask), low)
+    elif form == "scale":
+        found = b.call(operator.mul, b.call(operator.sub, 1.0, b.method("to", mask, dtype)), low)
+    elif form == "invert":
+        found = b.call(operator.mul, b.method("to", _spell(draw, b, "not", mask), dtype), low)
+    else:
+        found = b.method("log", b.method("to", mask, dtype))
+    return found
+
+
+def _wrap(draw: st.DrawFn, b: Builder, mask: fx.Node) -> fx.Node:
+    form = draw(st.sampled_from(["none", "none", "expand", "clone", "slice", "to", "four", "repeat", "swap"]))
+    if form == "expand":
+        return b.method("expand", mask, b.batch, draw(st.sampled_from([1, 2])), b.q_len, b.kv_len)
+    if form == "clone":
+        return b.method(draw(st.sampled_from(["clone", "contiguous"])), mask)
+    if form == "slice":
+        return b.call(operator.getitem, mask, (Ellipsis, slice(None, b.kv_len)))
+    if form == "to" and mask.meta["example_value"].dtype is not torch.bool:
+        return b.method("to", mask, draw(st.sampled_from([torch.float16, torch.float32, torch.bfloat16])))
+    if form == "four" and mask.meta["example_value"].dim() == 2:
+        return b.call(operator.getitem, mask, (None, None))
+    if form == "repeat" and mask.meta["example_value"].dim() == 4:
+        return b.method("repeat", mask, 1, draw(st.sampled_from([1, 2])), 1, 1)
+    return b.method("transpose", mask, -1, -2) if form == "swap" else mask
+
+
+def build(draw: st.DrawFn, batch: int, q_len: int, kv_len: int, dynamic: bool) -> Program | None:
+    """A random program for these sizes, or None where torch refuses what was drawn."""
+    b = Builder(batch, q_len, kv_len, dynamic)
+    try:
+        mask = _condition(draw, b, draw(st.integers(0, 3)))
+        if draw(st.booleans()):
+            mask = _additive(draw, b, mask)
+            if draw(st.integers(0, 3)) == 0:
+                mask = b.call(operator.add, mask, _additive(draw, b, _condition(draw, b, 0)))
+        mask = _wrap(draw, b, mask)
+    except Refused:
+        return None
+    b.graph.output(mask)
+    return Program(b, mask)

@@ -1,0 +1,369 @@
+"""The prover is never wrong about random masks, proves the forms that models use, and says why it refuses others."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import sympy
+import torch
+import torch.nn.functional as F
+from hypothesis import assume, event, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, fx
+
+from mmi_compile.passes.mask_algebra import Prover, prove, symbolic
+from mmi_compile.passes.mask_fact import MaskFact
+from tests import models
+from tests.harness import Recorder, capture
+from tests.passes.mask_programs import Builder, Program, build
+
+
+def described(fact: MaskFact, values: dict[str, Any], sizes: dict[sympy.Expr, int], q: int, kv: int) -> Tensor:
+    """The pairs that a known fact says are visible, broadcastable to ``[B, H, q, kv]``."""
+    offset = int(fact.offset.subs(sizes))
+    i, j = torch.arange(q)[:, None] + offset, torch.arange(kv)[None]
+    mask = torch.ones(1, 1, q, kv, dtype=torch.bool)
+    if fact.causal:
+        mask = mask & (j <= i)
+    if fact.window is not None:
+        mask = mask & (i - j < int(fact.window.subs(sizes)))
+    if fact.padding is not None:
+        padding = values[fact.padding.name]
+        assert padding.dim() == 2
+        assert padding.shape[1] == kv
+        mask = mask & (padding != 0)[:, None, None, :]
+    return mask
+
+
+def check(fact: MaskFact, program: Program, batch: int, q: int, kv: int) -> None:
+    """Compare a known fact with what the graph really computes for these sizes."""
+    symbols = program.builder.symbols()
+    sizes = {symbols["B"]: batch, symbols["q"]: q, symbols["kv"]: kv}
+    for seed in range(3):
+        values = program.run(batch, q, kv, seed)
+        actual = values[program.mask.name]
+        visible = actual if actual.dtype is torch.bool else actual == 0
+        expected = described(fact, values, sizes, q, kv).expand(batch, 2, q, kv)
+        assert torch.equal(visible.expand(batch, 2, q, kv), expected), (fact, program.builder.graph)
+        if actual.dtype is not torch.bool:
+            hidden = actual[~visible]
+            assert ((hidden == float("-inf")) | (hidden == torch.finfo(actual.dtype).min)).all()
+        if fact.padding is not None:
+            assert values[fact.padding.name].shape[0] == batch
+
+
+@settings(max_examples=400)
+@given(st.data())
+def test_a_known_fact_is_never_wrong(data: st.DataObject) -> None:
+    dynamic = data.draw(st.booleans())
+    batch, q = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 6))
+    kv = q + data.draw(st.sampled_from([0, 0, 0, 1, 3]))
+    program = data.draw(st.composite(lambda draw: build(draw, batch, q, kv, dynamic))())
+    assume(program is not None)
+    assert program is not None
+    b = program.builder
+    fact = prove(program.mask, q_len=b.q_len, kv_len=b.kv_len, batch=b.batch)
+    event(f"known: {fact.known}")
+    if not fact.known:
+        assert fact.detail
+        return
+    check(fact, program, batch, q, kv)
+    if dynamic and not b.shapes.guards and min(batch, q, kv) > 1:
+        # No guard was needed, so the fact has to hold for every size (equal hints share one symbol).
+        same_bq, same_bk, same_qk = batch == q, batch == kv, q == kv
+        other = {"B": 4, "q": 4 if same_bq else 5, "kv": 9}
+        other["kv"] = other["q"] if same_qk else other["B"] if same_bk else 9
+        check(fact, program, other["B"], other["q"], other["kv"])
+
+
+Form = Callable[[Tensor, Tensor], Tensor]
+
+
+def _low() -> float:
+    # A global float would become an input of the dynamic graph.
+    return torch.finfo(torch.float32).min
+
+
+def _s(q: Tensor) -> int:
+    return q.shape[2]
+
+
+def _i(q: Tensor) -> tuple[Tensor, Tensor]:
+    position = torch.arange(q.shape[2])
+    return position[:, None], position[None, :]
+
+
+def _tril(q: Tensor) -> Tensor:
+    return torch.ones(_s(q), _s(q)).tril().bool()
+
+
+def _window(q: Tensor, size: int) -> Tensor:
+    i, j = _i(q)
+    return (j <= i) & (j > i - size)
+
+
+def _document(p: Tensor) -> Tensor:
+    ids = p.cumsum(-1)
+    return (ids[:, None, :, None] == ids[:, None, None, :]).bool()
+
+
+def _from_rows(q: Tensor) -> Tensor:
+    rows = torch.arange(_s(q))
+    return torch.zeros(_s(q), _s(q)).masked_fill(rows > rows.view(_s(q), 1), _low())
+
+
+def _old_style(q: Tensor, p: Tensor) -> Tensor:
+    hidden = (1.0 - p.bool()[:, None, None, :].to(q.dtype)) * _low()
+    return hidden + torch.full((_s(q), _s(q)), _low()).triu(1)
+
+
+def _in_place(q: Tensor) -> Tensor:
+    causal = torch.ones(_s(q), _s(q), dtype=torch.bool)
+    causal = causal.tril_()
+    return causal.logical_not_().logical_not_()
+
+
+PROVED: dict[str, tuple[Form, str]] = {
+    "tril of ones": (lambda q, p: _tril(q), "causal"),
+    "torch.tril": (lambda q, p: torch.tril(torch.ones(_s(q), _s(q), dtype=torch.bool))[None, None], "causal"),
+    "triu of -inf": (lambda q, p: torch.triu(torch.full((_s(q), _s(q)), float("-inf")), diagonal=1), "causal"),
+    "not triu": (lambda q, p: ~torch.triu(torch.ones(_s(q), _s(q), dtype=torch.bool), 1), "causal"),
+    "triu == 0": (lambda q, p: torch.ones(_s(q), _s(q)).triu(diagonal=1) == 0, "causal"),
+    "tril with offset": (lambda q, p: torch.ones(_s(q), _s(q)).tril(diagonal=2).bool(), "causal with offset 2"),
+    "less than plus one": (lambda q, p: torch.lt(_i(q)[1], _i(q)[0] + 1), "causal"),
+    "method ge": (lambda q, p: _i(q)[0].ge(_i(q)[1]).unsqueeze(0).unsqueeze(0), "causal"),
+    "view and masked_fill": (lambda q, p: _from_rows(q), "causal"),
+    "masked_fill of not": (
+        lambda q, p: torch.zeros(_s(q), _s(q)).masked_fill(_tril(q).logical_not(), float("-inf")),
+        "causal",
+    ),
+    "where": (lambda q, p: torch.where(_tril(q), 0.0, float("-inf")), "causal"),
+    "float32 min to half": (lambda q, p: torch.where(_tril(q), 0.0, _low()).to(torch.float16).float(), "causal"),
+    "one minus mask": (lambda q, p: (1 - _tril(q).float()) * _low(), "causal"),
+    "log": (lambda q, p: _tril(q).float().log(), "causal"),
+    "in place": (lambda q, p: _in_place(q), "causal"),
+    "window and causal": (lambda q, p: _window(q, 4), "causal and sliding window 4"),
+    "window by distance": (lambda q, p: _tril(q) & (_i(q)[0] - _i(q)[1] < 3), "causal and sliding window 3"),
+    "bool padding": (lambda q, p: p[:, None, None, :].bool(), "padding"),
+    "padding != 0": (lambda q, p: _tril(q) & (p[:, None, None, :] != 0), "causal and padding"),
+    "padding == 1": (lambda q, p: _tril(q) & (p == 1)[:, None, None, :], "causal and padding"),
+    "padding > 0": (lambda q, p: _tril(q) & p.gt(0)[:, None, None], "causal and padding"),
+    "padding by dtype": (lambda q, p: _tril(q) & p.to(torch.float16)[:, None, None].bool(), "causal and padding"),
+    "padding by logical_and": (
+        lambda q, p: torch.logical_and(_tril(q), p.view(p.shape[0], 1, 1, -1)), "causal and padding"
+    ),
+    "hidden where zero": (
+        lambda q, p: torch.zeros(_s(q), _s(q)).masked_fill(~_tril(q) | (p[:, None, None] == 0), _low()),
+        "causal and padding",
+    ),
+    "old style sum": (_old_style, "causal and padding"),
+    "expanded": (
+        lambda q, p: (_tril(q)[None, None] & p[:, None, None].bool()).expand(q.shape[0], -1, -1, -1),
+        "causal and padding",
+    ),
+    "sliced": (lambda q, p: _tril(q)[None, None][:, :, :, : p.shape[1]], "causal"),
+    "window twice": (lambda q, p: _window(q, 4) & _window(q, 3), "causal and sliding window 3"),
+    "no mask at all": (lambda q, p: torch.ones(_s(q), _s(q), dtype=torch.bool), "all pairs visible"),
+    "or that changes nothing": (lambda q, p: _tril(q) & (_tril(q) | p[:, None, None].bool()), "causal"),
+}  # fmt: skip
+
+REFUSED: dict[str, tuple[Form, str]] = {
+    "bidirectional images": (lambda q, p: _tril(q) | (p[:, None, None] == 2), "is not a plain condition"),
+    "padding of queries": (lambda q, p: _tril(q) & p[:, None, :, None].bool(), "differs between query rows"),
+    "padding of heads": (lambda q, p: _tril(q) & p[:, :, None].bool(), "differs between heads"),
+    "late roll": (lambda q, p: _tril(q) & p[:, None, None].roll(1, -1).bool(), "`roll`, which is not read"),
+    "first row's padding": (lambda q, p: _tril(q) & p[:1, None, None].bool(), "is not a [batch, kv_len] tensor"),
+    "late == 1": (lambda q, p: _tril(q) & (p[:, None, None] == 1), "is not a [batch, kv_len] tensor"),
+    "documents": (lambda q, p: _tril(q) & _document(p), "differs between query rows"),
+    "bias": (lambda q, p: torch.where(_tril(q), 0.0, -1e4), "a bias, or not low enough"),
+    "half min in float": (
+        lambda q, p: torch.where(_tril(q), 0.0, -65504.0).to(torch.float16).float(), "a bias, or not low enough"
+    ),
+    "0 times -inf": (lambda q, p: (1 - _tril(q).float()) * float("-inf"), "makes NaN"),
+    "unknown ints": (lambda q, p: (1.0 - p[:, None, None].float()) * _low(), "to the scores"),
+    "nothing visible": (lambda q, p: _i(q)[1] > _i(q)[0] + _s(q), "every pair is hidden"),
+    "strictly upper": (lambda q, p: _i(q)[1] > _i(q)[0], "is not provably positive"),
+    "stripes": (lambda q, p: _i(q)[1] <= 2 * _i(q)[0], "neither causal nor a window"),
+    "prefix": (lambda q, p: (_i(q)[1] < 2).expand(_s(q), _s(q)), "neither causal nor a window"),
+    "an input": (lambda q, p: p[:, None, None].float().expand(-1, 1, _s(q), -1), "to the scores"),
+}  # fmt: skip
+
+
+def _discarded_in_place(q: Tensor, p: Tensor) -> Tensor:
+    mask = torch.ones(_s(q), _s(q), dtype=torch.bool)
+    mask.tril_()
+    return mask
+
+
+def _padding_changed(q: Tensor, p: Tensor) -> Tensor:
+    live = p.clone()
+    mask = _tril(q) & live[:, None, None].bool()
+    live[:, 0] = 0
+    return mask & live[:, None, None].bool()
+
+
+def _changed_through_view(q: Tensor, p: Tensor) -> Tensor:
+    mask = torch.zeros(_s(q), _s(q))
+    mask.view(-1).fill_(1.0)
+    return mask.tril().bool()
+
+
+REFUSED["discarded in-place result"] = (_discarded_in_place, "is changed in place")
+REFUSED["padding changed"] = (_padding_changed, "is changed in place")
+REFUSED["changed through a view"] = (_changed_through_view, "is changed in place")
+
+
+def attention(form: Form) -> Callable[[Tensor, Tensor], Tensor]:
+    def run(q: Tensor, p: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, q, q, attn_mask=form(q, p))
+
+    return run
+
+
+def masks(gm: fx.GraphModule) -> list[tuple[fx.Node, Any, Any, Any]]:
+    """Mask, q_len, kv_len and batch of every attention, fused or written out."""
+    found: list[tuple[fx.Node, Any, Any, Any]] = []
+    for node in gm.graph.nodes:
+        if node.target is F.scaled_dot_product_attention:
+            q, k = (node.args[n].meta["example_value"].shape for n in (0, 1))
+            mask = node.kwargs.get("attn_mask", node.args[3] if len(node.args) > 3 else None)
+            found.append((mask, q[2], k[2], q[0]))
+        elif node.target in (F.softmax, torch.softmax):
+            scores = node.args[0]
+            shape = scores.meta["example_value"].shape
+            found.append((scores.args[1], shape[2], shape[3], shape[0]))
+    return found
+
+
+def facts(gm: fx.GraphModule) -> list[MaskFact]:
+    prover = Prover()
+    return [prover.prove(m, q_len=q, kv_len=kv, batch=b) for m, q, kv, b in masks(gm) if m is not None]
+
+
+def prove_form(form: Form, dynamic: bool) -> MaskFact:
+    # As many heads as batch elements, so that padding of the wrong axis still broadcasts.
+    recorder = capture(attention(form), torch.randn(3, 3, 7, 4), torch.ones(3, 7, dtype=torch.int64), dynamic=dynamic)
+    (fact,) = facts(recorder.graphs[0])
+    return fact
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("name", PROVED)
+def test_forms_that_are_proved(name: str, dynamic: bool) -> None:
+    form, meaning = PROVED[name]
+    fact = prove_form(form, dynamic)
+    assert str(fact) == meaning
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("name", REFUSED)
+def test_forms_that_are_refused(name: str, dynamic: bool) -> None:
+    form, detail = REFUSED[name]
+    fact = prove_form(form, dynamic)
+    assert not fact.known
+    assert detail in fact.detail
+
+
+def test_padding_is_the_node_that_holds_it() -> None:
+    for name, expected in (("padding != 0", "l_p_"), ("padding == 1", "eq"), ("bool padding", "l_p_")):
+        fact = prove_form(PROVED[name][0], False)
+        assert fact.padding is not None
+        assert fact.padding.name == expected
+
+
+def test_padding_shared_by_the_batch_is_refused() -> None:
+    recorder = capture(attention(lambda q, p: p[:1, None, None].bool()), torch.randn(2, 2, 5, 4), torch.ones(2, 5))
+    (fact,) = facts(recorder.graphs[0])
+    assert not fact.known
+
+
+def test_chunked_offset_is_an_expression_of_the_lengths() -> None:
+    b = Builder(2, 4, 9, dynamic=True)
+    shift = b.call(operator.sub, b.kv_len, b.q_len)
+    rows = b.call(operator.add, b.call(torch.arange, b.q_len), shift)
+    rows = b.call(operator.getitem, rows, (slice(None), None))
+    mask = b.call(operator.le, b.call(torch.arange, b.kv_len), rows)
+    fact = prove(mask, q_len=b.q_len, kv_len=b.kv_len, batch=b.batch)
+    assert fact.known
+    assert fact.causal
+    assert sympy.simplify(fact.offset - (symbolic(b.kv_len) - symbolic(b.q_len))) == 0
+    assert fact.offset != 0
+
+
+def test_lengths_that_are_not_proved_equal_are_refused() -> None:
+    b = Builder(2, 4, 9, dynamic=True)
+    mask = b.method("tril", b.call(torch.ones, b.q_len, b.q_len, dtype=torch.bool))
+    fact = prove(mask, q_len=b.q_len, kv_len=b.kv_len)
+    assert not fact.known
+    assert "not proved equal" in fact.detail
+
+
+def test_a_float_mask_of_another_function_with_a_known_name_is_not_read() -> None:
+    def tril(x: Tensor) -> Tensor:
+        return x.triu()
+
+    b = Builder(1, 4, 4, dynamic=False)
+    mask = b.call(tril, b.call(torch.ones, 4, 4, dtype=torch.bool))
+    fact = prove(mask, q_len=4, kv_len=4)
+    assert not fact.known
+
+
+def _mistral(attn: str) -> tuple[Any, dict[str, Tensor]]:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MistralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, sliding_window=8, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return _model(transformers.MistralModel, config, attn)
+
+
+def _gemma3(attn: str) -> tuple[Any, dict[str, Tensor]]:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Gemma3TextConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, sliding_window=8, layer_types=["sliding_attention", "full_attention"],
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return _model(transformers.Gemma3TextModel, config, attn)
+
+
+def _model(model_class: Any, config: Any, attn: str) -> tuple[Any, dict[str, Tensor]]:
+    model = model_class._from_config(config, attn_implementation=attn).eval()
+    ids = torch.randint(3, 60, (2, 20))
+    attention_mask = torch.ones_like(ids)
+    attention_mask[0, :3] = 0
+    return model, {"input_ids": ids, "attention_mask": attention_mask}
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_sliding_window_of_mistral(attn: str, dynamic: bool) -> None:
+    model, inputs = _mistral(attn)
+    gm = next(g for g in capture(model, use_cache=False, dynamic=dynamic, **inputs).graphs if masks(g))
+    assert [str(f) for f in facts(gm)] == ["causal and sliding window 8 and padding"]
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+def test_both_masks_of_gemma3(attn: str) -> None:
+    model, inputs = _gemma3(attn)
+    gm = next(g for g in capture(model, use_cache=False, **inputs).graphs if masks(g))
+    assert [str(f) for f in facts(gm)] == ["causal and sliding window 8 and padding", "causal and padding"]
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "llava"])
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_language_models_of_vision_models(name: str, attn: str, dynamic: bool) -> None:
+    built, inputs = models.build(name, attn=attn, batch=2, padding="left")
+    language_model = built.model.language_model
+    recorder = Recorder()
+    torch._dynamo.reset()
+    language_model.compile(backend=recorder, dynamic=dynamic)
+    with torch.no_grad():
+        built(**inputs)
+    found = [str(fact) for gm in recorder.graphs for fact in facts(gm)]
+    assert found
+    assert set(found) == {"causal and padding"}
