@@ -1,0 +1,80 @@
+"""Which kernel serves one attention call, decided when it runs: lengths are symbols until then."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from mmi_compile.kernels.adaptive import adaptive_plan
+from mmi_compile.kernels.cpu import attention_cpu
+from mmi_compile.kernels.dense import dense_attention
+from mmi_compile.kernels.geometry import Geometry
+from mmi_compile.kernels.plan import Plan
+from mmi_compile.kernels.planner import TileShape
+from mmi_compile.runtime import AttentionRun
+
+RunPlan = Callable[[Tensor, Tensor, Tensor, Plan, float, "Tensor | None"], Tensor]
+
+CPU_TILES = TileShape(128, 64)
+"""Tiles of the CPU path: large enough that a matrix product outweighs a Python step."""
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    geometry: Geometry,
+    scale: float,
+    new_output: Callable[[], Tensor],
+    *,
+    policy: str,
+    recall: float,
+    max_density: float,
+    min_tokens: int,
+) -> tuple[Tensor, AttentionRun]:
+    """Prefill attention ``[B, HQ, q_len, D]``, and how it ran.
+
+    Args:
+        q: ``[B, HQ, q_len, D]``; k, v: ``[B, HKV, kv_len, D]`` with ``kv_len == geometry.kv_len``.
+        new_output: makes the tensor that our own kernels write to. Fused kernels of PyTorch make their own.
+        policy, recall, max_density, min_tokens: as for ``mmi::attention``.
+    """
+    run = AttentionRun(q_len=geometry.q_len, kv_len=geometry.kv_len, path="")
+    if not q.numel() or not k.numel():
+        run.path = "nothing to attend to"
+        return new_output().zero_(), run
+    tiles, kernel, name = _kernel_for(q)
+    why_dense = _why_dense(geometry, policy, min_tokens)
+    if why_dense:
+        run.path = f"dense ({why_dense})"
+
+        def run_dense(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> Tensor:
+            return kernel(q, k, v, plan, scale, new_output())
+
+        return dense_attention(q, k, v, geometry, scale, tiles, run_plan=run_dense), run
+    plan, choice = adaptive_plan(q, k, geometry, scale, tiles, recall=recall, max_density=max_density)
+    run.path, run.choice, run.density = name, choice, plan.density()
+    return kernel(q, k, v, plan, scale, new_output()), run
+
+
+def _why_dense(geometry: Geometry, policy: str, min_tokens: int) -> str:
+    if policy == "exact":
+        return "policy exact"
+    if geometry.kv_len < min_tokens:
+        return f"{geometry.kv_len} tokens < min_tokens {min_tokens}"
+    return ""
+
+
+def _kernel_for(q: Tensor) -> tuple[TileShape, RunPlan, str]:
+    if q.device.type == "cpu":
+        return CPU_TILES, attention_cpu, "tile-sparse PyTorch"
+    from mmi_compile.kernels.spec import choose_spec
+    from mmi_compile.kernels.triton_attention import attention_triton, device_arch, dtype_name
+
+    spec = choose_spec(device_arch(q.device), dtype_name(q.dtype), q.shape[3])
+
+    def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, out: Tensor | None) -> Tensor:
+        return attention_triton(q, k, v, plan, scale, out=out)
+
+    return TileShape(spec.block_m, spec.block_n), run, "Triton"

@@ -1,0 +1,158 @@
+"""The patterns one attention head may keep (MMInference section 3, MInference section 3.2).
+
+A pattern is a rule in tokens. It is always met with the model's own mask, counts its sinks from the first live key of
+each batch element (so left padding does not eat them) and its last rows from the last live row.
+
+    a_shape        tri_shape      vertical_slash    grid
+    #              #              #                 #
+    ##             ##             ##                ##
+    # #            # #            #.##              #.##
+    #  #           #  #           # .##             #..##
+    #   #          #####          # # .#            #..###
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any, ClassVar, TypeAlias
+
+
+def _require(pattern: str, field: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{pattern}: {field} must be an int (a number of tokens or lines), got {value!r}")
+    if value < least:
+        raise ValueError(f"{pattern}: {field} is {value}; give {least} or more")
+
+
+@dataclass(frozen=True)
+class _Named:
+    """Name, printing and JSON form, shared by all patterns."""
+
+    name: ClassVar[str]
+
+    def describe(self) -> str:
+        """Name and values for people, such as ``a_shape(128, 4096)``; switches show by name when they are on."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        words = [key if value is True else str(value) for key, value in values.items() if value is not False]
+        return f"{self.name}({', '.join(words)})" if words else self.name
+
+    def to_json(self) -> dict[str, Any]:
+        """A flat dictionary of JSON values whose key ``pattern`` holds the name."""
+        return {"pattern": self.name, **dataclasses.asdict(self)}
+
+
+@dataclass(frozen=True)
+class Dense(_Named):
+    """Everything the model's mask allows."""
+
+    name: ClassVar[str] = "dense"
+
+
+@dataclass(frozen=True)
+class AShape(_Named):
+    """The first ``sink`` keys and the nearest ``local`` keys: ``j < sink or i - j < local`` (tokens)."""
+
+    sink: int
+    local: int
+    name: ClassVar[str] = "a_shape"
+
+    def __post_init__(self) -> None:
+        _require(self.name, "sink", self.sink, 0)
+        _require(self.name, "local", self.local, 1)
+
+
+@dataclass(frozen=True)
+class TriShape(_Named):
+    """``a_shape`` and every key for the last ``last`` query rows."""
+
+    sink: int
+    local: int
+    last: int
+    name: ClassVar[str] = "tri_shape"
+
+    def __post_init__(self) -> None:
+        _require(self.name, "sink", self.sink, 0)
+        _require(self.name, "local", self.local, 1)
+        _require(self.name, "last", self.last, 0)
+
+
+@dataclass(frozen=True)
+class VerticalSlash(_Named):
+    """The heaviest ``n_vertical`` key columns and ``n_slash`` diagonals ``i - j`` of the probe.
+
+    Part of either count always goes to the first columns and to the nearest diagonals, so that no row is empty.
+    """
+
+    n_vertical: int
+    n_slash: int
+    name: ClassVar[str] = "vertical_slash"
+
+    def __post_init__(self) -> None:
+        _require(self.name, "n_vertical", self.n_vertical, 0)
+        _require(self.name, "n_slash", self.n_slash, 1)
+
+
+@dataclass(frozen=True)
+class Grid(_Named):
+    """Evenly spaced key lines ``j = p (mod stride)`` beside ``a_shape(sink, local)``.
+
+    The phase ``p`` is the one that holds the most probe mass. Query lines use the same phase: the probe sees only the
+    last rows, and it is the same tokens (a row or frame separator) that both attend and are attended to.
+
+    Attributes:
+        stride: tokens between lines, or None to estimate it from the probe.
+        sink, local: as in ``a_shape``.
+        query_lines: rows ``i = p (mod stride)`` keep every key.
+        same_phase: keep pairs with ``i = j (mod stride)``. These are diagonals, computed in whole key blocks: a stride
+            below about two blocks costs as much as dense attention.
+    """
+
+    stride: int | None
+    sink: int
+    local: int
+    query_lines: bool = False
+    same_phase: bool = False
+    name: ClassVar[str] = "grid"
+
+    def __post_init__(self) -> None:
+        if self.stride is not None:
+            _require(self.name, "stride", self.stride, 1)
+        _require(self.name, "sink", self.sink, 0)
+        _require(self.name, "local", self.local, 1)
+        for field in ("query_lines", "same_phase"):
+            if not isinstance(getattr(self, field), bool):
+                raise TypeError(f"grid: {field} must be True or False, got {getattr(self, field)!r}")
+
+
+Pattern: TypeAlias = Dense | AShape | TriShape | VerticalSlash | Grid
+_KINDS: dict[str, type[Pattern]] = {kind.name: kind for kind in (Dense, AShape, TriShape, VerticalSlash, Grid)}
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    close = get_close_matches(word, known, 1)
+    return f'did you mean "{close[0]}"?' if close else f"known: {', '.join(known)}"
+
+
+def from_json(data: Mapping[str, Any]) -> Pattern:
+    """The pattern that ``to_json`` wrote.
+
+    Raises:
+        ValueError: unknown pattern or option, or an option missing; the message names the nearest known word.
+        TypeError: a value of the wrong type.
+    """
+    options = dict(data)
+    name = options.pop("pattern", None)
+    if not isinstance(name, str) or name not in _KINDS:
+        raise ValueError(f"unknown pattern {name!r}; {_nearest(str(name), list(_KINDS))}")
+    fields = dataclasses.fields(_KINDS[name])
+    known = [field.name for field in fields]
+    for key in options:
+        if key not in known:
+            raise ValueError(f'unknown option "{key}" for pattern {name}; {_nearest(key, known)}')
+    missing = [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in options]
+    if missing:
+        raise ValueError(f"pattern {name} lacks {', '.join(missing)}; add it to the entry")
+    return _KINDS[name](**options)

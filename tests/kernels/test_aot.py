@@ -1,0 +1,93 @@
+"""Kernels compile ahead of time for real architectures, on machines without a GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mmi_compile.kernels.spec import SHARED_MEMORY, Features, choose_spec
+from mmi_compile.kernels.triton_attention import compile_ahead
+
+pytest.importorskip("triton", reason="triton is published for Linux only")
+
+SPARSE = Features(has_blocks=True, has_columns=True)
+GROUPED = Features(has_blocks=True, has_columns=True, has_block_bits=True, has_row_order=True)
+EVERYTHING = Features(
+    has_blocks=True, has_columns=True, has_block_bits=True, has_row_order=True, has_bounds=True,
+    has_key_padding=True, has_window=True,
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _own_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    monkeypatch.setenv("MMI_CACHE_DIR", str(tmp_path / "kernels"))
+
+
+def assert_compiles(
+    arch: str, dtype: str, head_dim: int, features: Features, descriptors: bool | None = None
+) -> dict[str, str]:
+    spec = choose_spec(arch, dtype, head_dim, features=features, descriptors=descriptors)
+    compiled = compile_ahead(spec, arch)
+    assert set(compiled) == {"attention"} | ({"compact_columns"} if features.has_columns else set())
+    for kernel in compiled.values():
+        assert kernel.metadata.shared <= SHARED_MEMORY[arch]
+        assert ("hsaco" if arch.startswith("gfx") else "cubin") in kernel.asm
+    assert compiled["attention"].metadata.shared <= spec.shared_bytes + 2048
+    return {name: text for name, text in compiled["attention"].asm.items() if isinstance(text, str)}
+
+
+def test_ampere() -> None:
+    assembly = assert_compiles("sm_80", "bf16", 128, SPARSE)["ptx"]
+    assert "cp.async.cg" in assembly
+
+
+@pytest.mark.parametrize("head_dim", [80, 128])
+def test_pointer_loads_are_wide_and_pipelined(head_dim: int) -> None:
+    # Without proof of alignment Triton would load 2 bytes at a time, in no pipeline, and spill registers.
+    assembly = assert_compiles("sm_80", "bf16", head_dim, Features())["ptx"]
+    assert "cp.async.cg.shared.global" in assembly
+    assert "ld.global.b16" not in assembly
+
+
+def test_hopper_uses_descriptors_and_warp_group_products() -> None:
+    assembly = assert_compiles("sm_90", "bf16", 128, SPARSE)["ptx"]
+    assert "cp.async.bulk.tensor" in assembly
+    assert "wgmma.mma_async" in assembly
+
+
+def test_hopper_with_every_mask() -> None:
+    assembly = assert_compiles("sm_90", "fp16", 96, EVERYTHING)["ptx"]
+    assert "cp.async.bulk.tensor" not in assembly
+    assert "wgmma.mma_async" in assembly
+
+
+def test_blackwell() -> None:
+    assert_compiles("sm_100", "bf16", 64, GROUPED)
+
+
+def test_instinct() -> None:
+    assert_compiles("gfx942", "bf16", 128, SPARSE)
+
+
+def test_unknown_architectures_are_named() -> None:
+    with pytest.raises(ValueError, match="sm_70 has no kernel; supported are sm_80"):
+        compile_ahead(choose_spec("sm_80", "bf16", 128), "sm_70")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("features", [Features(), GROUPED, EVERYTHING], ids=["dense", "grouped", "everything"])
+def test_all_head_dims(arch: str, dtype: str, head_dim: int, features: Features) -> None:
+    assert_compiles(arch, dtype, head_dim, features)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("arch", sorted(SHARED_MEMORY))
+def test_all_architectures(arch: str, dtype: str, head_dim: int) -> None:
+    assert_compiles(arch, dtype, head_dim, SPARSE)

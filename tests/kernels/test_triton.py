@@ -1,0 +1,166 @@
+"""Generated kernels, run by Triton's interpreter in a process of their own, against float64 attention."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mmi_compile.kernels import triton_attention
+from mmi_compile.kernels.spec import Features, choose_spec
+from mmi_compile.kernels.triton_attention import attention_triton, plan_features
+from tests.random_plans import random_plan, random_qkv
+
+pytest.importorskip("triton", reason="triton is published for Linux only")
+
+ROOT = Path(__file__).resolve().parents[2]
+TOLERANCE = {"fp32": 2e-5, "fp16": 4e-3}  # absolute, for outputs of order one
+
+
+class Interpreter:
+    """A worker process with ``TRITON_INTERPRET=1`` that answers one request at a time."""
+
+    def __init__(self, cache: Path) -> None:
+        environment = os.environ | {
+            "TRITON_INTERPRET": "1",
+            "MMI_CACHE_DIR": str(cache),
+            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
+        }
+        self.process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("interpreter_worker.py"))],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
+        )  # fmt: skip
+
+    def __call__(self, **request: Any) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        assert line, f"the worker died with exit status {self.process.wait()} on {request}"
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def interpreter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Interpreter]:
+    worker = Interpreter(tmp_path_factory.mktemp("kernels"))
+    yield worker
+    worker.close()
+
+
+def assert_equals_the_mask(answer: dict[str, Any], dtype: str = "fp32") -> None:
+    assert "failure" not in answer, answer["failure"]
+    assert answer["error"] != "nan"
+    assert answer["error"] <= TOLERANCE[dtype]
+    assert answer["dead_rows_zero"]
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    head_dim=st.sampled_from([8, 16, 24, 40]),
+    dtype=st.sampled_from(["fp32", "fp16"]),
+    block_m=st.sampled_from([16, 32]),
+    block_n=st.sampled_from([16, 32]),
+    scale=st.sampled_from([0.3, 1.0, -0.5, 0.0]),
+    descriptors=st.booleans(),
+)
+def test_kernel_is_softmax_attention_over_the_plans_mask(interpreter: Interpreter, **case: Any) -> None:
+    assert_equals_the_mask(interpreter(**case), case["dtype"])
+
+
+def test_every_loop_and_mask_is_exercised(interpreter: Interpreter) -> None:
+    met: set[str] = set()
+    dead_rows = 0
+    for seed in range(24):
+        answer = interpreter(seed=seed, descriptors=seed % 2 == 0, max_len=60)
+        assert_equals_the_mask(answer)
+        met |= {*answer["features"], *(["use_descriptors"] if answer["descriptors"] else [])}
+        dead_rows += answer["dead_rows"]
+    assert met == {f.name for f in fields(Features)}
+    assert dead_rows > 0
+
+
+@given(seed=st.integers(0, 2**31))
+def test_nan_in_padded_keys_reaches_no_output(interpreter: Interpreter, seed: int) -> None:
+    assert_equals_the_mask(interpreter(seed=seed, poison=True, max_len=48))
+
+
+def test_block_bits_beyond_the_first_word(interpreter: Interpreter) -> None:
+    seed = next(s for s in range(1000, 2000) if _has_late_listed_blocks(s))
+    assert_equals_the_mask(interpreter(seed=seed, max_len=700))
+
+
+def _has_late_listed_blocks(seed: int) -> bool:
+    plan = random_plan(seed, max_len=700)
+    bits = plan.block_bits
+    small = plan.geometry.batch * plan.geometry.q_heads <= 2
+    return small and bits is not None and bits.shape[-1] > 1 and bool((bits[..., 1:] != 0).any())
+
+
+def test_the_interpreter_refuses_bf16_which_it_would_compute_wrongly(interpreter: Interpreter) -> None:
+    assert "fp16 or fp32" in interpreter(seed=0, dtype="bf16")["failure"]
+
+
+def test_cpu_tensors_are_refused_outside_the_interpreter() -> None:
+    plan = random_plan(0)
+    q, k, v = random_qkv(0, plan.geometry, 16, torch.float32)
+    with pytest.raises(ValueError, match="architecture cpu has no kernel"):
+        attention_triton(q, k, v, plan, 1.0)
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf")])
+def test_scale_must_be_finite(scale: float) -> None:
+    plan = random_plan(0)
+    q, k, v = random_qkv(0, plan.geometry, 16, torch.float32)
+    with pytest.raises(ValueError, match="finite"):
+        attention_triton(q, k, v, plan, scale)
+
+
+@pytest.mark.parametrize("name", ["window_start", "num_blocks", "num_columns", "block_bits"])
+def test_plan_tensors_of_the_wrong_shape_are_refused(name: str) -> None:
+    plan = next(p for p in map(random_plan, range(100)) if p.block_bits is not None and p.query_tiles > 1)
+    q, k, v = random_qkv(0, plan.geometry, 16, torch.float32)
+    short = replace(plan, **{name: getattr(plan, name)[:, :, :-1]})
+    with pytest.raises(ValueError, match="must be|do not hold"):
+        attention_triton(q, k, v, short, 1.0)
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 3), (1, 1, 5, 16), (3, 1, 1, 1)])
+def test_tensors_that_do_not_fit_the_geometry_are_refused(shape: tuple[int, ...]) -> None:
+    plan = random_plan(1)
+    q, k, v = random_qkv(1, plan.geometry, 16, torch.float32)
+    with pytest.raises(ValueError, match="must be"):
+        attention_triton(torch.zeros(shape), k, v, plan, 1.0)
+    with pytest.raises(ValueError, match="must be"):
+        attention_triton(q, torch.zeros(shape), v, plan, 1.0)
+
+
+def test_a_spec_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_attention, "why_not", lambda q, k, v: None)
+    plan = next(p for p in map(random_plan, range(100)) if plan_features(p).has_blocks)
+    q, k, v = random_qkv(0, plan.geometry, 16, torch.float32)
+    fits = choose_spec("sm_80", "fp32", 16, features=plan_features(plan), block_m=16, block_n=16)
+    for change, words in (
+        ({"block_m": 32}, "tiles, the plan"),
+        ({"head_dim": 32}, "head dim"),
+        ({"dtype": "fp16"}, "head dim"),
+        ({"has_blocks": False, "has_block_bits": False}, "the plan needs"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            attention_triton(q, k, v, plan, 1.0, spec=replace(fits, **change))
