@@ -87,9 +87,7 @@ class HeadChoice:
         return lines
 
 
-def _describe(
-    pattern: int, recall: float, density: float, window: int, columns: int, slashes: int, stride: int
-) -> str:
+def _describe(pattern: int, recall: float, density: float, window: int, columns: int, slashes: int, stride: int) -> str:
     parts = [] if pattern == DENSE else [f"window {window}"]
     if columns:
         parts.append(f"{columns} columns" + (f" (stride {stride})" if stride else ""))
@@ -144,7 +142,7 @@ def adaptive_plan(
     plan = lower_rules(rules, geometry, tiles)
     measured = measure_recall(plan, probe)
     full = make_dense(plan, torch.ones_like(plan.window_start, dtype=torch.bool)).density()
-    failed = (pattern == DENSE) | (measured < recall) | (plan.density() > max_density * full)
+    failed = (pattern == DENSE) | ~(measured >= recall) | (plan.density() > max_density * full)
     which = failed[..., None]
     tile = torch.arange(plan.query_tiles, device=q.device)
     tail = (tile >= probe.first_tile[:, None]) & (tile <= probe.rows[:, -1:] // tiles.block_m)
@@ -186,7 +184,8 @@ def measure_recall(plan: Plan, probe: Probe) -> Tensor:
         own = (slots < plan.num_columns.gather(-1, tile)[..., None]) & ~visited.gather(-1, columns // plan.block_n)
         covered = covered + (mass.gather(-1, columns) * own).sum((-1, -2))
     total = probe.columns.sum(-1)
-    return torch.where(total > 0, covered / total, 1.0).clamp(max=1.0)
+    # NaN inputs give NaN here, and the head then runs dense.
+    return torch.where(total == 0, 1.0, covered / total).clamp(max=1.0)
 
 
 def _check(recall: float, max_density: float, strides: Sequence[int]) -> None:
@@ -209,7 +208,8 @@ def _block_mass(mass: Tensor, block_n: int) -> Tensor:
     """Sums over key blocks, ``[..., kv_len]`` to ``[..., key blocks]``."""
     spare = -mass.shape[-1] % block_n
     padded = torch.nn.functional.pad(mass, (0, spare)) if spare else mass
-    return padded.unflatten(-1, (-1, block_n)).sum(-1)
+    blocks: Tensor = padded.unflatten(-1, (-1, block_n))
+    return blocks.sum(-1)
 
 
 def _prefix(x: Tensor) -> Tensor:
@@ -387,7 +387,8 @@ class _Search:
         """The cheapest evenly spaced lines: each stride at its heaviest phase, with the smallest window that serves."""
         g, bn = self.geometry, self.tiles.block_n
         longest = g.kv_len // 4
-        tried = [torch.full(self.budget.shape, s, device=self.base.device) for s in strides if MIN_STRIDE <= s <= longest]
+        usable = [stride for stride in strides if MIN_STRIDE <= stride <= longest]
+        tried = [torch.full(self.budget.shape, stride, device=self.base.device) for stride in usable]
         if longest >= MIN_STRIDE:
             tried.append(autocorrelation_stride(self.credit))
         ladder = self._ladder()

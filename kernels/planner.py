@@ -20,7 +20,7 @@ from torch import Tensor
 from mmi_compile.kernels.geometry import Geometry
 from mmi_compile.kernels.patterns import Dense, Grid, Pattern, TriShape, VerticalSlash
 from mmi_compile.kernels.plan import Plan
-from mmi_compile.kernels.probe import Probe, last_live_position, run_probe
+from mmi_compile.kernels.probe import last_live_position, run_probe
 
 MIN_STRIDE = 16
 """Smallest stride that is estimated: below it a grid keeps more than 1/16 of all keys and is no longer sparse."""
@@ -30,6 +30,9 @@ FORCED_COLUMNS, FORCED_DISTANCES = 30, 100
 
 MAX_LISTED = 512
 """Key blocks a tile may list; a tile that needs more becomes dense."""
+
+FOURIER_CHUNK = 32 << 20
+"""Values that are Fourier transformed at a time."""
 
 LIST_CHUNK = 32 << 20
 """Entries of block lists that are filled at a time (8 bytes each while they are)."""
@@ -125,7 +128,8 @@ def build_plan(
 def dense_plan(geometry: Geometry, tiles: TileShape, device: torch.device | str) -> Plan:
     """The plan of the model's own mask: every tile is a window over all keys that its rows may see."""
     ones = torch.ones(geometry.batch, geometry.q_heads, dtype=torch.int64, device=device)
-    return lower_rules(HeadRules(ones * 0, ones * max(1, geometry.q_len + geometry.q_offset), ones * 0), geometry, tiles)
+    everything = max(1, geometry.q_len + geometry.q_offset)
+    return lower_rules(HeadRules(ones * 0, ones * everything, ones * 0), geometry, tiles)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -260,15 +264,17 @@ def autocorrelation_stride(mass: Tensor) -> Tensor:
     The square root keeps one heavy column from drowning many even ones.
     """
     length = mass.shape[-1]
-    signal = mass.float().sqrt()
-    signal = signal - signal.mean(-1, keepdim=True)
     size = 1 << (2 * length - 1).bit_length()
-    power = torch.fft.rfft(signal, n=size)
-    lags = torch.fft.irfft(power * power.conj(), n=size)[..., :length]
     longest = max(MIN_STRIDE, length // 4)
-    inside = torch.arange(length, device=mass.device)
-    lags = lags.masked_fill((inside < MIN_STRIDE) | (inside > longest), -torch.inf)
-    return lags.argmax(-1).clamp(MIN_STRIDE, longest)
+    lag = torch.arange(length, device=mass.device)
+    outside = (lag < MIN_STRIDE) | (lag > longest)
+    best = []
+    for part in mass.split(max(1, FOURIER_CHUNK // size), 1):
+        signal = part.float().sqrt()
+        power = torch.fft.rfft(signal - signal.mean(-1, keepdim=True), n=size)
+        repeats: Tensor = torch.fft.irfft(power * power.conj(), n=size)[..., :length]
+        best.append(repeats.masked_fill(outside, -torch.inf).argmax(-1))
+    return torch.cat(best, 1).clamp(MIN_STRIDE, longest)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

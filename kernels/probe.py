@@ -121,11 +121,11 @@ def run_probe(
             scores = _scores(head_rows, k[b, kv_head], work, scale)
             weights = _softmax_visible(scores, g, None if hidden is None else hidden[b])
             tiles[b, start:stop] = tile_rows[b] @ weights
-            diagonals[b, start:stop] = _diagonal_sums(weights)
+            parts = _diagonal_parts(weights)
+            diagonals[b, start:stop] = parts.sum(1)
             if count:
                 too_near = rows[b, 0] + g.q_offset - nearest + length - 1
-                columns = tiles[b, start:stop].sum(1)
-                found = _peaks(diagonals[b, start:stop], columns, length, too_near, count)
+                found = _peaks(parts, tiles[b, start:stop].sum(1), length, too_near, count)
                 peak_mass[b, start:stop], peak_slots[b, start:stop] = found
                 _add_peak_mass(on_peaks[b, start:stop], weights, *found)
     columns = tiles.sum(2)
@@ -142,20 +142,22 @@ def run_probe(
     )
 
 
-def _peaks(diagonals: Tensor, columns: Tensor, length: int, too_near: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def _peaks(parts: Tensor, columns: Tensor, length: int, too_near: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Excess mass and slot of the heaviest diagonals, ``[C, T]``.
 
-    A column of mass ``c`` puts ``c / L`` on ``L`` neighbouring diagonals; a diagonal puts all of its mass on one.
+    A column of mass ``c`` puts ``c / L`` on ``L`` neighbouring diagonals; a diagonal puts all of its mass on one, and
+    does so in every part of the rows, which one row that looks hard at one column does not.
 
     Args:
-        diagonals: ``[C, kv_len + L - 1]`` as ``_diagonal_sums`` returns them; columns: ``[C, kv_len]``.
+        parts: ``[C, parts, kv_len + L - 1]`` as ``_diagonal_parts`` returns them; columns: ``[C, kv_len]``.
         too_near: slots above it (a scalar tensor) are no candidates.
     """
     prefix = F.pad(columns.cumsum(-1), (length, length - 1))
     prefix[..., -(length - 1) or prefix.shape[-1] :] = prefix[..., length + columns.shape[-1] - 1, None]
     explained = (prefix[..., length:] - prefix[..., :-length]) / length
+    diagonals, support = parts.sum(1), parts.amin(1) * parts.shape[1]
     slot = torch.arange(diagonals.shape[-1], device=diagonals.device)
-    peaked = (diagonals > PEAK * explained) & (slot <= too_near)
+    peaked = (diagonals > PEAK * explained) & (support > explained) & (slot <= too_near)
     heaviest = torch.where(peaked, diagonals - explained, 0).topk(count, -1)
     return heaviest.values, heaviest.indices
 
@@ -225,6 +227,17 @@ def _softmax_visible(scores: Tensor, geometry: Geometry, hidden: Tensor | None) 
     i = torch.arange(first, first + length, device=scores.device)[:, None]
     scores[..., tail:].masked_fill_(j > i, -torch.inf)
     return torch.softmax(scores, -1)
+
+
+def _diagonal_parts(weights: Tensor) -> Tensor:
+    """Sums along diagonals over each quarter of the rows, ``[C, 4, kv_len + L - 1]`` (one part where 4 does not divide
+    ``L``), in the slots of ``_diagonal_sums``."""
+    heads, length, width = weights.shape
+    count = 1 if length % 4 else 4
+    size = length // count
+    sums = _diagonal_sums(weights.reshape(heads * count, size, width)).view(heads, count, -1)
+    shifted = [F.pad(sums[:, part], (size * (count - 1 - part), size * part)) for part in range(count)]
+    return torch.stack(shifted, 1)
 
 
 def _diagonal_sums(weights: Tensor) -> Tensor:

@@ -56,13 +56,14 @@ def source_path(spec: KernelSpec) -> Path:
     try:
         if path.read_text(encoding="utf-8") == text:
             return path
-    except (FileNotFoundError, UnicodeDecodeError):
-        pass
+    except (OSError, UnicodeDecodeError):
+        pass  # missing or damaged: written again below, where an error has a remedy to name
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _write_atomically(path, text)
     except OSError as error:
-        raise OSError(f"cannot write kernels to {path.parent}: {error}; set MMI_CACHE_DIR to a writable folder") from error
+        mend = "set MMI_CACHE_DIR to a writable folder"
+        raise OSError(f"cannot write kernels to {path.parent}: {error}; {mend}") from error
     return path
 
 

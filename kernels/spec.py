@@ -28,8 +28,8 @@ MAX_HEAD_DIM = 256
 # memory its tiles are too small for this to pay before it has been measured.
 _DESCRIPTOR_ARCHS = frozenset({"sm_90", "sm_100"})
 
-# Barriers of the load pipeline, and key lists that ride along in it. Elsewhere the query tile lives in registers, so the
-# estimate is generous without this.
+# Barriers of the load pipeline, and key lists that ride along in it. Elsewhere the query tile lives in registers, so
+# the estimate is generous without this.
 _RESERVED = {"sm_90": 2 * KIB, "sm_100": 2 * KIB}
 
 # Relatives that share the tables (and the shared memory) of a listed architecture.

@@ -60,7 +60,7 @@ def structured_qkv(
     kv_heads: int | None = None,
     head_dim: int = 64,
     scale: float | None = None,
-    peak: float = 30.0,
+    peak: float | None = None,
     noise: float = 0.02,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
@@ -72,7 +72,8 @@ def structured_qkv(
     ``(cos w i, sin w i)`` as in rotary embeddings, whose product peaks at one distance.
 
     Args:
-        peak: score (after ``scale``) of a planted pair; background pairs have about 0 on average.
+        peak: score (after ``scale``) of a planted pair, ``log(length) + 8`` by default; background pairs have 0 on
+            average, so that together they hold well below one hundredth of the mass.
         scale: the factor attention will use, ``head_dim ** -0.5`` by default.
 
     Raises:
@@ -94,7 +95,7 @@ def structured_qkv(
     k = noise * torch.randn(batch, kv_heads, length, head_dim, generator=generator, dtype=torch.float64)
     v = torch.randn(batch, kv_heads, length, head_dim, generator=generator, dtype=torch.float64)
     k[..., group : group + 2 * pairs] += turned
-    strength = peak / (head_dim**-0.5 if scale is None else scale)
+    strength = (math.log(max(1, length)) + 8 if peak is None else peak) / (head_dim**-0.5 if scale is None else scale)
     # The strength is shared out between q and k so that neither leaves the range of half precision.
     share = math.sqrt(strength)
     for head, structure in enumerate(structures):
@@ -105,6 +106,4 @@ def structured_qkv(
             shifted = (torch.arange(length, dtype=torch.float64) - distance)[:, None] * frequencies
             turn = torch.cat([shifted.cos(), shifted.sin()], -1)
             q[:, head, :, group : group + 2 * pairs] += turn * (strength / pairs)
-    return StructuredInput(
-        q.to(device, dtype), k.to(device, dtype), v.to(device, dtype), tuple(structures)
-    )
+    return StructuredInput(q.to(device, dtype), k.to(device, dtype), v.to(device, dtype), tuple(structures))

@@ -174,9 +174,10 @@ def compile_ahead(spec: KernelSpec, arch: str) -> dict[str, Any]:
 
 
 _INT32_POINTERS = frozenset(
-    "window_start num_blocks block_indices num_columns columns block_bits row_order kv_start kv_stop".split()
+    {"window_start", "num_blocks", "block_indices", "num_columns", "columns"}
+    | {"block_bits", "row_order", "kv_start", "kv_stop"}
 )
-_ELEMENT_POINTERS = frozenset("q k v out k_columns v_columns".split())
+_ELEMENT_POINTERS = frozenset({"q", "k", "v", "out", "k_columns", "v_columns"})
 
 
 def _signature(argument: str, spec: KernelSpec) -> str:

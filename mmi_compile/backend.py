@@ -109,6 +109,9 @@ def _copy(gm: fx.GraphModule) -> fx.GraphModule:
     graph = fx.Graph(tracer_cls=getattr(gm.graph, "_tracer_cls", None))
     mapping: dict[fx.Node, fx.Node] = {}
     output = graph.graph_copy(gm.graph, mapping)
+    for node, twin in mapping.items():
+        if hasattr(node, "_dynamo_source"):  # says which Python value an input comes from
+            twin._dynamo_source = node._dynamo_source
     original = next(n for n in gm.graph.nodes if n.op == "output")
     graph.output(output).meta.update(original.meta)
     graph.set_codegen(gm.graph._codegen)

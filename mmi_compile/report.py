@@ -199,7 +199,10 @@ class Report:
 
 
 def run_to_json(key: str) -> dict[str, Any] | None:
-    """The last run of an attention, copied from the device; None when it has not run."""
+    """The last run of an attention, copied from the device; None when it has not run.
+
+    ``patterns[b][h]`` describes what the adaptive policy chose for head ``h`` of batch element ``b``.
+    """
     run = runtime.attention_run(key)
     if run is None:
         return None
@@ -213,12 +216,12 @@ def run_to_json(key: str) -> dict[str, Any] | None:
         "calls": run.calls,
         "density": sum(per_head) / max(1, len(per_head)),
         "density_per_head": per_head,
-        "heads": heads,
+        "patterns": heads,
     }
 
 
 def _floats(tensor: Tensor) -> list[float]:
-    return [float(x) for x in tensor.detach().float().mean(0).flatten().cpu()]
+    return [float(x) for x in tensor.detach().float().mean(0).flatten().cpu()]  # [B, HQ] → HQ
 
 
 def modality_to_json(graph_key: str) -> dict[str, Any] | None:

@@ -92,14 +92,15 @@ def _run(run: dict[str, Any] | None) -> list[str]:
     if run is None:
         return []
     lines = _wrap("last run", f"{run['q_len']} × {run['kv_len']} tokens · {run['path']} · density {run['density']:.1%}")
-    if run["heads"]:
-        lines += _heads(run["heads"], run["density_per_head"])
+    if run["patterns"]:
+        batch = f"  (batch element 0 of {len(run['patterns'])})" if len(run["patterns"]) > 1 else ""
+        lines += _heads(run["patterns"][0], batch)
     elif run["density_per_head"]:
         lines += _wrap("heads", "all dense")
     return lines
 
 
-def _heads(heads: list[Any], densities: list[float]) -> list[str]:
+def _heads(heads: list[str], batch: str) -> list[str]:
     """One line per run of heads with the same pattern."""
     lines: list[str] = []
     start = 0
@@ -107,8 +108,7 @@ def _heads(heads: list[Any], densities: list[float]) -> list[str]:
         if head < len(heads) and heads[head] == heads[start]:
             continue
         name = f"head {start}" if head == start + 1 else f"heads {start}–{head - 1}"
-        density = sum(densities[start:head]) / (head - start)
-        lines += _wrap("heads" if start == 0 else "", f"{name}: {heads[start]} · density {density:.1%}")
+        lines += _wrap("heads" if start == 0 else "", f"{name}: {heads[start]}{batch if start == 0 else ''}")
         start = head
     return lines
 

@@ -246,9 +246,13 @@ def _check_shapes(site: AttentionSite) -> None:
         return site.leave(Reason.SHAPE, f"k {tuple(k.shape)} and v {tuple(v.shape)} do not fit q {tuple(q.shape)}")
     if not (same(q.shape[0], k.shape[0]) and same(q.shape[0], v.shape[0])):
         return site.leave(Reason.SHAPE, "batch sizes differ")
-    if not (isinstance(q.shape[1], int) and isinstance(k.shape[1], int) and q.shape[1] % max(1, k.shape[1]) == 0):
+    if not (same(q.shape[1], k.shape[1]) or _divides(k.shape[1], q.shape[1])):
         return site.leave(Reason.SHAPE, f"{q.shape[1]} query heads over {k.shape[1]} key heads")
     return None
+
+
+def _divides(small: Any, large: Any) -> bool:
+    return isinstance(small, int) and isinstance(large, int) and small > 0 and large % small == 0
 
 
 def _fold_repeated_heads(site: AttentionSite) -> None:

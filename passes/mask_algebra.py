@@ -12,6 +12,7 @@ recognised makes the fact unknown and names the term: a mask is never guessed.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import sympy
 import torch
@@ -41,7 +42,7 @@ from mmi_compile.passes.mask_symbols import (
 
 __all__ = ["Prover", "prove", "symbolic"]
 
-Size = int | torch.SymInt | sympy.Expr | fx.Node
+Size: TypeAlias = int | torch.SymInt | sympy.Expr | fx.Node
 
 
 class _Refusal(Exception):
@@ -223,6 +224,7 @@ def _least(bounds: list[sympy.Expr], what: str) -> sympy.Expr:
 
 
 def _live(literal: Boolean) -> Live:
+    atom: Live
     (atom,) = literal.atoms(Live)
     return atom
 

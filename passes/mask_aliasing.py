@@ -60,10 +60,11 @@ def _changed_by_function(node: fx.Node) -> Iterator[fx.Node]:
     target: Any = node.target
     if isinstance(target, torch._ops.HigherOrderOperator):
         yield from node.all_input_nodes
-    elif isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
-        single = isinstance(target, torch._ops.OpOverload)
-        overloads = [target] if single else [getattr(target, name) for name in target.overloads()]
-        if any(overload._schema.is_mutable for overload in overloads):
+    elif isinstance(target, torch._ops.OpOverload):
+        if target._schema.is_mutable:
+            yield from node.all_input_nodes
+    elif isinstance(target, torch._ops.OpOverloadPacket):
+        if any(getattr(target, name)._schema.is_mutable for name in target.overloads()):
             yield from node.all_input_nodes
     elif target is operator.setitem or _asks_in_place(node):
         yield from (a for a in node.args[:1] if isinstance(a, fx.Node))

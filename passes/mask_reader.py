@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable
 from itertools import product
-from typing import Any
+from typing import Any, TypeAlias
 
 import sympy
 import torch
@@ -48,7 +48,7 @@ class Unsound(Exception):
     """Nothing may be concluded at all, for the reason given (data changed in place, no traced value)."""
 
 
-Operand = SymbolicTensor | Scalar | sympy.Expr
+Operand: TypeAlias = SymbolicTensor | Scalar | sympy.Expr
 Transfer = Callable[["Reader", fx.Node, SymbolicTensor], Element]
 _TRANSFERS: dict[str, Transfer] = {}
 
@@ -167,7 +167,8 @@ class Reader:
                 return self._memo[arg]
             arg = example(arg)
         if isinstance(arg, (bool, int, float)):
-            return arg
+            number: Scalar = arg
+            return number
         try:
             return symbolic(arg)
         except TypeError:

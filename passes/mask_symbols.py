@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import sympy
 import torch
@@ -18,7 +18,7 @@ from sympy.core.symbol import Str
 from sympy.logic.boolalg import Boolean
 from torch import fx
 
-Scalar = int | float | bool
+Scalar: TypeAlias = int | float | bool
 
 
 @cache
@@ -170,7 +170,7 @@ class Datum:
     integral: bool
 
 
-Element = Truth | Position | Cases | Datum
+Element: TypeAlias = Truth | Position | Cases | Datum
 
 
 @dataclass(frozen=True)

@@ -45,9 +45,7 @@ def random_geometry(draw: Draw, *, max_len: int = 80) -> Geometry:
         kv_stop = torch.tensor([draw.integer(int(start), kv_len) for start in kv_start], dtype=torch.int32)
     if draw.chance(0.2):
         key_padding = torch.rand(batch, kv_len, generator=draw.generator) < 0.7
-    return Geometry(
-        batch, kv_heads * group, kv_heads, q_len, kv_len, q_offset, window, kv_start, kv_stop, key_padding
-    )
+    return Geometry(batch, kv_heads * group, kv_heads, q_len, kv_len, q_offset, window, kv_start, kv_stop, key_padding)
 
 
 def random_plan(seed: int, *, block_m: int = 16, block_n: int = 16, max_len: int = 80) -> Plan:

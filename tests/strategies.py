@@ -97,6 +97,4 @@ def random_inputs(
     def normal(heads: int, length: int) -> Tensor:
         return torch.randn(g.batch, heads, length, head_dim, generator=generator, dtype=torch.float64).to(dtype)
 
-    return Inputs(
-        normal(g.q_heads, g.q_len) * sharpness, normal(g.kv_heads, g.kv_len), normal(g.kv_heads, g.kv_len)
-    )
+    return Inputs(normal(g.q_heads, g.q_len) * sharpness, normal(g.kv_heads, g.kv_len), normal(g.kv_heads, g.kv_len))

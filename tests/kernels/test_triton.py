@@ -137,7 +137,7 @@ def test_plan_tensors_of_the_wrong_shape_are_refused(name: str) -> None:
     plan = next(p for p in map(random_plan, range(100)) if p.block_bits is not None and p.query_tiles > 1)
     q, k, v = random_qkv(0, plan.geometry, 16, torch.float32)
     short = replace(plan, **{name: getattr(plan, name)[:, :, :-1]})
-    with pytest.raises(ValueError, match="must be|do not hold"):
+    with pytest.raises(ValueError, match=r"must be|do not hold"):
         attention_triton(q, k, v, short, 1.0)
 
 

@@ -80,7 +80,7 @@ class Values(fx.Interpreter):
     """Runs a graph for real and keeps what every node computed."""
 
     def __init__(self, graph: fx.Graph) -> None:
-        super().__init__(fx.GraphModule({}, graph), garbage_collect_values=False)
+        super().__init__(torch.nn.Module(), garbage_collect_values=False, graph=graph)
 
     def run_node(self, n: fx.Node) -> Any:
         found = super().run_node(n)
@@ -227,7 +227,33 @@ def _pieces(draw: st.DrawFn, b: Builder) -> fx.Node:
     return b.call(torch.cat, [first, second] if draw(st.integers(0, 3)) else [second, first], dim=-1)
 
 
-_TERMS = [_comparison, _comparison, _triangle, _triangle, _padding, _padding, _padding, _pieces, _heads]
+def _right(draw: st.DrawFn, b: Builder) -> fx.Node:
+    """Causality and padding as they should be, one of them now and then alone."""
+    shift = b.call(operator.sub, b.kv_len, b.q_len)
+    if draw(st.booleans()):
+        causal = b.method("tril", b.call(torch.ones, b.q_len, b.kv_len, dtype=torch.bool), shift)
+    else:
+        rows = b.call(operator.getitem, b.call(torch.arange, b.q_len), (slice(None), None))
+        causal = b.call(operator.le, b.call(torch.arange, b.kv_len), b.call(operator.add, rows, shift))
+    live = b.call(operator.getitem, b.method("bool", b.pad), (slice(None), None, None, slice(None)))
+    part = draw(st.sampled_from(["both", "both", "causal", "live"]))
+    return {"both": lambda: b.call(operator.and_, causal, live), "causal": lambda: causal, "live": lambda: live}[part]()
+
+
+_TERMS = [
+    _right,
+    _right,
+    _right,
+    _comparison,
+    _comparison,
+    _triangle,
+    _triangle,
+    _padding,
+    _padding,
+    _padding,
+    _pieces,
+    _heads,
+]
 
 
 def _condition(draw: st.DrawFn, b: Builder, depth: int) -> fx.Node:

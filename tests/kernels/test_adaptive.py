@@ -1,0 +1,152 @@
+"""The adaptive policy: it finds what was planted, reports the truth, and otherwise stays dense."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mmi_compile.kernels.adaptive import A_SHAPE, DENSE, GRID, PATTERN_NAMES, VERTICAL_SLASH, adaptive_plan
+from mmi_compile.kernels.geometry import Geometry
+from mmi_compile.kernels.planner import TileShape, dense_plan
+from mmi_compile.kernels.probe import probe_rows
+from mmi_compile.kernels.reference import probabilities_reference
+from mmi_compile.kernels.structured import Structure, structured_qkv
+from tests.host_waits import NoHostWaits
+from tests.kernels.test_planner import assert_invariants
+from tests.strategies import geometries, random_inputs, tile_shapes
+
+SCALE = 64**-0.5
+TILES = TileShape(32, 32)
+LENGTH = 2048
+PLANTED = {
+    "columns": (Structure(columns=(300, 700, 1501), distances=(0,)), VERTICAL_SLASH),
+    "diagonals": (Structure(distances=(0, 640)), VERTICAL_SLASH),
+    "both": (Structure(columns=(200,), distances=(0, 320, 640)), VERTICAL_SLASH),
+    "grid": (Structure(distances=(0,), stride=72, phase=7), GRID),
+    "local": (Structure(distances=(0,)), A_SHAPE),
+}
+
+
+@pytest.mark.parametrize(("structure", "code"), PLANTED.values(), ids=PLANTED)
+@pytest.mark.parametrize("seed", range(3))
+def test_planted_structure_is_found_and_holds_for_all_rows(structure: Structure, code: int, seed: int) -> None:
+    x = structured_qkv([structure], LENGTH, seed=seed)
+    g = Geometry(1, 1, 1, LENGTH, LENGTH)
+    plan, choice = adaptive_plan(x.q, x.k, g, SCALE, TILES, recall=0.9)
+    assert PATTERN_NAMES[int(choice.pattern)] == PATTERN_NAMES[code]
+    assert choice.recall.item() >= 0.9
+    assert choice.density.item() < 0.3
+    if code == GRID:
+        assert choice.stride.item() == 72
+    # The probe saw the last 64 rows; the structure holds for all, so must the recall. Early rows lack some of the
+    # planted keys, which shifts a little weight to the others.
+    kept = (probabilities_reference(x.q, x.k, g.to_mask()[:, None], SCALE) * plan.to_mask()).sum(-1)
+    assert kept.mean() >= 0.88
+
+
+def test_caller_strides_are_tried() -> None:
+    x = structured_qkv([Structure(distances=(0,), stride=72, phase=7)], LENGTH)
+    g = Geometry(1, 1, 1, LENGTH, LENGTH)
+    _, choice = adaptive_plan(x.q, x.k, g, SCALE, TILES, strides=(24, 72, 100_000))
+    assert choice.stride.item() == 72
+
+
+def test_uniform_attention_stays_dense() -> None:
+    x = structured_qkv([Structure(), Structure(distances=(0,))], LENGTH, kv_heads=1)
+    g = Geometry(1, 2, 1, LENGTH, LENGTH)
+    plan, choice = adaptive_plan(x.q, x.k, g, SCALE, TILES)
+    assert choice.pattern.tolist() == [[DENSE, A_SHAPE]]
+    assert choice.recall[0, 0] == 1
+    assert choice.density[0, 0] == 1
+    assert torch.equal(plan.to_mask()[0, 0], g.to_mask()[0])
+
+
+def test_mixed_heads_choose_for_themselves() -> None:
+    structures = [structure for structure, _ in PLANTED.values()] + [Structure()]
+    x = structured_qkv(structures, LENGTH, kv_heads=2, batch=2)
+    g = Geometry(2, 6, 2, LENGTH, LENGTH)
+    plan, choice = adaptive_plan(x.q, x.k, g, SCALE, TILES, recall=0.9)
+    assert choice.pattern.tolist() == [[code for _, code in PLANTED.values()] + [DENSE]] * 2
+    assert_invariants(plan)
+    lines = choice.describe()
+    assert len(lines) == 2
+    assert "grid(" in lines[1][3]
+    assert "dense: recall 1.000" in lines[0][5]
+
+
+@given(geometries(max_len=90), tile_shapes(), st.sampled_from([0.3, 0.6, 0.9]), st.integers(0, 50))
+def test_reported_recall_is_that_of_the_plan(geometry: Geometry, tiles: TileShape, recall: float, seed: int) -> None:
+    g, x = geometry, random_inputs(geometry, seed=seed, sharpness=6.0)
+    plan, choice = adaptive_plan(x.q, x.k, g, 1.0, tiles, recall=recall, max_density=1.0, dense_tail=False)
+    assert_invariants(plan)
+    model = g.to_mask()[:, None]
+    rows = probe_rows(g, x.q.device)[:, None, :, None].expand(-1, g.q_heads, -1, g.kv_len)
+    full = probabilities_reference(x.q, x.k, model, 1.0).gather(2, rows)
+    kept = (full * plan.to_mask().gather(2, rows)).sum((-1, -2))
+    live = full.sum((-1, -2))
+    expected = torch.where(live > 0, kept / live, 1.0)
+    torch.testing.assert_close(choice.recall.double(), expected)
+    assert (choice.recall >= recall - 1e-9).all()
+    mask = plan.to_mask()
+    assert not (mask & ~model).any()
+    assert (mask.any(-1) == model.any(-1)).all()
+
+
+@given(geometries(), tile_shapes())
+def test_the_rows_that_carry_the_answer_are_dense(geometry: Geometry, tiles: TileShape) -> None:
+    g, x = geometry, random_inputs(geometry, sharpness=6.0)
+    plan, _ = adaptive_plan(x.q, x.k, g, 1.0, tiles, recall=0.3)
+    assert_invariants(plan)
+    rows = probe_rows(g, x.q.device)[:, None, :, None].expand(-1, g.q_heads, -1, g.kv_len)
+    model = g.to_mask()[:, None].expand(-1, g.q_heads, -1, -1)
+    assert torch.equal(plan.to_mask().gather(2, rows), model.gather(2, rows))
+
+
+def test_full_recall_and_zero_density_are_dense() -> None:
+    x = structured_qkv([Structure(columns=(500,), distances=(0,))], 512)
+    g = Geometry(1, 1, 1, 512, 512)
+    for options in ({"recall": 1.0}, {"max_density": 0.0}):
+        plan, choice = adaptive_plan(x.q, x.k, g, SCALE, TILES, **options)
+        assert choice.pattern.item() == DENSE
+        assert torch.equal(plan.to_mask(), dense_plan(g, TILES, "cpu").to_mask())
+
+
+def test_higher_targets_never_lose_recall() -> None:
+    x = structured_qkv([structure for structure, _ in PLANTED.values()], 1024)
+    g = Geometry(1, 5, 5, 1024, 1024)
+    for target in (0.5, 0.8, 0.95, 0.99):
+        _, choice = adaptive_plan(x.q, x.k, g, SCALE, TILES, recall=target)
+        assert (choice.recall >= target).all()
+
+
+@given(geometries(), tile_shapes())
+def test_choosing_never_waits_for_the_device(geometry: Geometry, tiles: TileShape) -> None:
+    x = random_inputs(geometry)
+    with NoHostWaits():
+        adaptive_plan(x.q, x.k, geometry, 1.0, tiles, recall=0.5, strides=(16,))
+
+
+def test_not_a_number_runs_dense() -> None:
+    g, q = Geometry(1, 2, 1, 300, 300), torch.full((1, 2, 300, 8), torch.nan)
+    plan, choice = adaptive_plan(q, q[:, :1], g, 1.0, TILES)
+    assert choice.pattern.tolist() == [[DENSE, DENSE]]
+    assert_invariants(plan)
+
+
+def test_no_rows() -> None:
+    g = Geometry(1, 2, 1, 0, 0)
+    plan, choice = adaptive_plan(torch.zeros(1, 2, 0, 8), torch.zeros(1, 1, 0, 8), g, 1.0, TILES)
+    assert plan.query_tiles == 0
+    assert choice.pattern.tolist() == [[DENSE, DENSE]]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"recall": 0.0}, "recall is 0.0"), ({"max_density": 2.0}, "max_density is 2.0"), ({"strides": (0,)}, "strides")],
+)
+def test_options_out_of_range_are_refused(options: dict[str, float], message: str) -> None:
+    g, q = Geometry(1, 1, 1, 8, 8), torch.zeros(1, 1, 8, 8)
+    with pytest.raises(ValueError, match=message):
+        adaptive_plan(q, q, g, 1.0, TILES, **options)  # type: ignore[arg-type]

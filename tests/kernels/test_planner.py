@@ -1,0 +1,234 @@
+"""Plans: the law that binds them to patterns and the model's mask, their invariants, and what they cost."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mmi_compile.kernels.geometry import Geometry
+from mmi_compile.kernels.patterns import AShape, Dense, Grid, Pattern, TriShape, VerticalSlash
+from mmi_compile.kernels.plan import Plan
+from mmi_compile.kernels.planner import (
+    TileShape,
+    autocorrelation_stride,
+    best_phase,
+    build_plan,
+    dense_plan,
+    estimate_rules,
+    lower_rules,
+    make_dense,
+)
+from mmi_compile.kernels.probe import probe_rows, run_probe
+from mmi_compile.kernels.reference import probabilities_reference
+from tests.host_waits import NoHostWaits
+from tests.strategies import geometries, patterns, random_inputs, tile_shapes
+
+SCALE = 0.3
+
+
+def assert_invariants(plan: Plan) -> None:
+    """What the contract in ``plan.py`` promises a kernel."""
+    g, bn = plan.geometry, plan.block_n
+    rows = plan.rows()
+    low = torch.where(rows < 0, 1 << 30, rows).amin(-1) + g.q_offset
+    assert (plan.window_start >= 0).all()
+    assert (plan.window_start * bn <= low).all()
+    valid = torch.arange(plan.block_indices.shape[-1]) < plan.num_blocks[..., None]
+    assert (plan.num_blocks <= plan.block_indices.shape[-1]).all()
+    assert ((plan.block_indices >= 0) & (plan.block_indices < plan.window_start[..., None]))[valid].all()
+    ascending = plan.block_indices[..., 1:] > plan.block_indices[..., :-1]
+    assert (ascending | ~valid[..., 1:]).all()
+    assert ((plan.columns >= 0) & (plan.columns < g.kv_len)).all()
+    used = torch.arange(plan.columns.shape[-1]) < plan.num_columns[..., None]
+    columns = plan.columns[:, :, None].expand(used.shape)
+    assert (columns < plan.window_start[..., None] * bn)[used].all()
+    assert ((columns[..., 1:] > columns[..., :-1]) | ~used[..., 1:]).all()
+    listed = torch.zeros(*plan.window_start.shape, plan.key_blocks + 1, dtype=torch.bool)
+    listed.scatter_(-1, torch.where(valid, plan.block_indices, plan.key_blocks).long(), True)
+    if plan.block_bits is None:
+        # Without bits a kernel cannot tell: no column in use may lie in a listed block.
+        assert not (listed[..., :-1].gather(-1, (columns // bn).long()) & used).any()
+    else:
+        block = torch.arange(plan.key_blocks)
+        bit = (plan.block_bits[..., block // 32] >> (block % 32)) & 1
+        torch.testing.assert_close(bit.bool(), listed[..., :-1])
+    filled, _ = rows.flatten(2).sort(-1)
+    torch.testing.assert_close(filled[..., -g.q_len :], torch.arange(g.q_len).expand(g.batch, g.q_heads, -1))
+    assert (filled[..., : -g.q_len] == -1).all()
+
+
+@given(geometries(), tile_shapes(), st.data())
+def test_plan_lies_between_pattern_and_model_mask(geometry: Geometry, tiles: TileShape, data: st.DataObject) -> None:
+    chosen = [data.draw(patterns()) for _ in range(geometry.q_heads)]
+    x = random_inputs(geometry, seed=data.draw(st.integers(0, 99)))
+    rules = estimate_rules(chosen, x.q, x.k, geometry, SCALE, tiles)
+    plan = lower_rules(rules, geometry, tiles)
+    assert_invariants(plan)
+    mask, model = plan.to_mask(), geometry.to_mask()[:, None]
+    assert not (mask & ~model).any()
+    assert not (rules.to_mask(geometry) & ~mask).any()
+    assert (mask.any(-1) == model.any(-1)).all()
+
+
+@given(geometries(), tile_shapes())
+def test_dense_plan_is_the_model_mask(geometry: Geometry, tiles: TileShape) -> None:
+    plan = dense_plan(geometry, tiles, "cpu")
+    assert_invariants(plan)
+    assert torch.equal(plan.to_mask(), geometry.to_mask()[:, None].expand(-1, geometry.q_heads, -1, -1))
+    assert not plan.num_blocks.any()
+    assert not plan.num_columns.any()
+
+
+@given(geometries(), tile_shapes(), st.data())
+def test_make_dense_changes_only_the_tiles_asked_for(geometry: Geometry, tiles: TileShape, data: st.DataObject) -> None:
+    chosen = [data.draw(patterns(20)) for _ in range(geometry.q_heads)]
+    x = random_inputs(geometry)
+    plan = build_plan(chosen, x.q, x.k, geometry, SCALE, tiles)
+    which = torch.rand(plan.window_start.shape, generator=torch.Generator().manual_seed(1)) < 0.5
+    changed = make_dense(plan, which)
+    assert_invariants(changed)
+    row_is_dense = torch.zeros(geometry.batch, geometry.q_heads, geometry.q_len + 1, dtype=torch.bool)
+    slots = torch.where(plan.rows() < 0, geometry.q_len, plan.rows()).flatten(2)
+    row_is_dense.scatter_(-1, slots, which[..., None].expand_as(plan.rows()).flatten(2))
+    expected = torch.where(row_is_dense[..., :-1, None], geometry.to_mask()[:, None], plan.to_mask())
+    assert torch.equal(changed.to_mask(), expected)
+
+
+@pytest.mark.parametrize("tiles", [TileShape(16, 16), TileShape(16, 8), TileShape(8, 16)])
+@pytest.mark.parametrize("pattern", [AShape(5, 20), TriShape(5, 20, 9)])
+def test_a_shape_rules_are_the_formula(pattern: AShape | TriShape, tiles: TileShape) -> None:
+    g = Geometry(1, 1, 1, 70, 70)
+    x = random_inputs(g)
+    i, j = torch.arange(70)[:, None], torch.arange(70)
+    formula = (j < 5) | (i - j < 20)
+    if isinstance(pattern, TriShape):
+        formula = formula | (i >= 70 - 9)
+    mask = estimate_rules([pattern], x.q, x.k, g, SCALE, tiles).to_mask(g)[0, 0]
+    assert torch.equal(mask, formula & (j <= i))
+
+
+@pytest.mark.parametrize("stride", [1, 2, 7, 20])
+def test_grid_rules_are_the_formula(stride: int) -> None:
+    g = Geometry(1, 1, 1, 60, 75, q_offset=15)
+    x = random_inputs(g)
+    grid = Grid(stride, 3, 4, query_lines=True, same_phase=True)
+    rules = estimate_rules([grid], x.q, x.k, g, SCALE, TileShape(16, 16))
+    assert rules.columns is not None
+    phase = int(rules.columns[0, 0].int().argmax())
+    i, j = torch.arange(60)[:, None] + 15, torch.arange(75)
+    keep = (j % stride == phase) | (i % stride == phase) | ((i - j) % stride == 0) | (j < 3) | (i - j < 4)
+    assert torch.equal(rules.to_mask(g)[0, 0], keep & (j <= i))
+
+
+def test_grid_takes_the_heaviest_phase_and_finds_the_stride() -> None:
+    mass = torch.full((1, 2, 400), 0.01)
+    mass[0, 0, 7::24] = 1.0
+    mass[0, 1, 30::50] = 1.0
+    stride = autocorrelation_stride(mass)
+    assert stride.tolist() == [[24, 50]]
+    assert best_phase(mass, stride)[0].tolist() == [[7, 30]]
+
+
+def test_sinks_follow_left_padding() -> None:
+    g = Geometry(2, 1, 1, 64, 64, kv_start=torch.tensor([0, 33]), kv_stop=torch.tensor([64, 64]))
+    x = random_inputs(g)
+    mask = build_plan([AShape(4, 1)], x.q, x.k, g, SCALE, TileShape(4, 4)).to_mask()
+    assert mask[0, 0, 63, :4].all()
+    assert mask[1, 0, 63, 33:37].all()
+
+
+def test_last_rows_follow_right_padding() -> None:
+    g = Geometry(1, 1, 1, 64, 64, kv_start=torch.tensor([0]), kv_stop=torch.tensor([40]))
+    x = random_inputs(g)
+    mask = build_plan([TriShape(1, 1, 8)], x.q, x.k, g, SCALE, TileShape(4, 4)).to_mask()[0, 0]
+    assert torch.equal(mask[32:40], g.to_mask()[0, 32:40])
+    assert mask[31].sum() < 10
+
+
+@given(geometries(), tile_shapes(), st.integers(0, 30), st.integers(1, 30), st.integers(0, 30), st.integers(0, 30))
+def test_larger_budgets_keep_more(
+    geometry: Geometry, tiles: TileShape, sink: int, local: int, more_sink: int, more_local: int
+) -> None:
+    x = random_inputs(geometry)
+
+    def mask(pattern: Pattern) -> torch.Tensor:
+        return build_plan([pattern] * geometry.q_heads, x.q, x.k, geometry, SCALE, tiles).to_mask()
+
+    small = mask(AShape(sink, local))
+    assert not (small & ~mask(AShape(sink + more_sink, local + more_local))).any()
+    small_rules, large_rules = (
+        estimate_rules([pattern] * geometry.q_heads, x.q, x.k, geometry, SCALE, tiles)
+        for pattern in (VerticalSlash(2 * sink, local), VerticalSlash(2 * (sink + more_sink), local + more_local))
+    )
+    assert small_rules.columns is not None
+    assert large_rules.columns is not None
+    assert (small_rules.columns.sum(-1) <= large_rules.columns.sum(-1)).all()
+
+
+@given(geometries(), tile_shapes())
+def test_full_budgets_are_dense(geometry: Geometry, tiles: TileShape) -> None:
+    x = random_inputs(geometry)
+    model = geometry.to_mask()[:, None].expand(-1, geometry.q_heads, -1, -1)
+    for pattern in (Dense(), AShape(0, 1000), AShape(1000, 1), VerticalSlash(1000, 1), VerticalSlash(0, 1000)):
+        plan = build_plan([pattern] * geometry.q_heads, x.q, x.k, geometry, SCALE, tiles)
+        assert torch.equal(plan.to_mask(), model), pattern
+
+
+@given(geometries(min_q=8), st.integers(1, 64))
+def test_probe_is_the_full_attention_of_its_rows(geometry: Geometry, last_q: int) -> None:
+    g, x = geometry, random_inputs(geometry)
+    probe = run_probe(x.q, x.k, g, SCALE, block_m=16, last_q=last_q, peaks=3)
+    full = probabilities_reference(x.q, x.k, g.to_mask()[:, None], SCALE)
+    picked = full.gather(2, probe.rows[:, None, :, None].expand(-1, g.q_heads, -1, g.kv_len))
+    torch.testing.assert_close(probe.columns, picked.sum(2))
+    i = probe.rows[..., None] + g.q_offset
+    distance = (i - torch.arange(g.kv_len)).clamp(min=0)[:, None].expand_as(picked)
+    expected = torch.zeros_like(probe.distances).scatter_add_(-1, distance.flatten(2), picked.flatten(2))
+    torch.testing.assert_close(probe.distances, expected)
+    torch.testing.assert_close(probe.tiles.sum(2), probe.columns)
+    on_peak = (distance[..., None] == probe.peak_distances[:, :, None, None]) & (probe.peaks > 0)[:, :, None, None]
+    torch.testing.assert_close(probe.beside, (picked * ~on_peak.any(-1)).sum(2))
+
+
+def test_probe_rows_end_where_the_keys_end() -> None:
+    g = Geometry(2, 1, 1, 100, 100, kv_start=torch.tensor([0, 0]), kv_stop=torch.tensor([100, 70]))
+    rows = probe_rows(g, torch.device("cpu"), 8)
+    assert rows[:, 0].tolist() == [92, 62]
+
+
+def test_a_pattern_per_head_is_required() -> None:
+    g = Geometry(1, 2, 1, 8, 8)
+    x = random_inputs(g)
+    with pytest.raises(ValueError, match="one pattern per query head"):
+        build_plan([Dense()], x.q, x.k, g, SCALE, TileShape(4, 4))
+
+
+def test_no_rows_make_an_empty_plan() -> None:
+    g = Geometry(1, 2, 1, 0, 0)
+    plan = build_plan(
+        [Dense(), AShape(1, 1)], torch.zeros(1, 2, 0, 8), torch.zeros(1, 1, 0, 8), g, 1.0, TileShape(4, 4)
+    )
+    assert plan.query_tiles == 0
+
+
+@given(geometries(), tile_shapes(), st.data())
+def test_planning_never_waits_for_the_device(geometry: Geometry, tiles: TileShape, data: st.DataObject) -> None:
+    chosen = [data.draw(patterns()) for _ in range(geometry.q_heads)]
+    x = random_inputs(geometry)
+    with NoHostWaits():
+        build_plan(chosen, x.q, x.k, geometry, SCALE, tiles)
+
+
+@pytest.mark.parametrize("length", [1 << 12, 1 << 14])
+def test_plan_size_is_linear_for_fixed_patterns(length: int) -> None:
+    g = Geometry(1, 1, 1, length, length)
+    x = random_inputs(g, dtype=torch.float32)
+    plan = build_plan([VerticalSlash(64, 16)], x.q, x.k, g, SCALE, TileShape(128, 128))
+    tensors = [getattr(plan, f.name) for f in dataclasses.fields(plan)]
+    size = sum(t.numel() for t in tensors if isinstance(t, torch.Tensor))
+    # 16 diagonals of at most 2 or 3 blocks each, never a list as long as the keys.
+    assert size <= length // 128 * (16 * 3 + 3 + length // 128 // 32) + 128
