@@ -7,11 +7,13 @@ the dense plan, whose tiles touch only keys that the mask allows (a sliding wind
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mmi_compile.kernels.cpu import attention_cpu
 from mmi_compile.kernels.geometry import Geometry
@@ -20,6 +22,10 @@ from mmi_compile.kernels.planner import TileShape, dense_plan
 
 RunPlan: TypeAlias = Callable[[Tensor, Tensor, Tensor, Plan, float], Tensor]
 """``run_plan(q, k, v, plan, scale) -> out``: softmax attention over ``plan.to_mask()``."""
+
+
+_FUSED_BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+"""On a GPU, fastest first. Not the math path: it builds the N×N scores."""
 
 
 def dense_attention(
@@ -74,7 +80,9 @@ def _is_padded(geometry: Geometry) -> bool:
 def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool) -> Tensor:
     # Grouped heads stay on the linear-memory path on the CPU too (8 MiB at 16 K tokens, where the scores take 2 GiB).
     grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=grouped)
+    chosen = sdpa_kernel(_FUSED_BACKENDS, set_priority=True) if q.device.type == "cuda" else nullcontext()
+    with chosen:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=grouped)
 
 
 def _sliced(q: Tensor, k: Tensor, v: Tensor, geometry: Geometry, scale: float) -> Tensor:
