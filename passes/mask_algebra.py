@@ -30,6 +30,7 @@ from mmi_compile.passes.mask_symbols import (
     AtLeastZero,
     Cases,
     Datum,
+    Element,
     Live,
     SymbolicTensor,
     Truth,
@@ -163,33 +164,49 @@ class _Reading:
         if not self.padding:
             return None
         if len(self.padding) > 1:
-            raise _Refusal(f"several data-dependent terms: {', '.join(map(str, self.padding))}")
+            raise _Refusal(
+                f"several data-dependent terms: {', '.join(map(str, self.padding))}{self._reason(self.padding)}"
+            )
         (wanted,) = self.padding
         symbols = set().union(*(e.free_symbols for e in _live(wanted).index))
         for symbol, name in ((HEAD, "heads"), (QUERY, "query rows")):
             if symbol in symbols:
                 raise _Refusal(f"the term {wanted} differs between {name}{self._reason([wanted])}")
-        for node, tensor in self.reader.known.items():
-            if self._is_padding(tensor, wanted):
+        candidates = [(node, t) for node, t in self.reader.known.items() if self._is_padding(t, wanted)]
+        for node, tensor in candidates:
+            if same(tensor.shape[1], self.kv_len):
+                return node
+        for node, tensor in candidates:
+            if provably_nonnegative(tensor.shape[1] - self.kv_len) or self._is_read_whole(wanted):
                 return node
         raise _Refusal(f"the term {wanted} is not a [batch, kv_len] tensor of the graph{self._reason([wanted])}")
 
     def _is_padding(self, tensor: SymbolicTensor, wanted: Boolean) -> bool:
-        """Whether element ``[b, j]`` of ``tensor``, by itself, is non-zero exactly where ``wanted`` holds."""
-        if len(tensor.shape) != 2 or not same(tensor.shape[0], self.batch) or not same(tensor.shape[1], self.kv_len):
+        """Whether element ``[b, j]`` of ``tensor``, by itself, is non-zero exactly where ``wanted`` holds.
+
+        Whether it has an element for every key is another question.
+        """
+        if len(tensor.shape) != 2 or not same(tensor.shape[0], self.batch):
             return False
-        element = reindex(tensor.element, {QUERY: BATCH})
-        if isinstance(element, Truth):
-            found = element.condition
-        elif isinstance(element, Datum) and element.integral and not tensor.dtype.is_floating_point:
-            found = Live(element.name, *element.index)
-        else:
+        found = _liveness(reindex(tensor.element, {QUERY: BATCH}))
+        if found is None or tensor.dtype.is_floating_point:
             return False
         # An expanded row has the right values too, but only a tensor of its own is worth handing on.
         own = all(
             size == 1 or symbol in _symbols(found) for symbol, size in zip((BATCH, KEY), tensor.shape, strict=False)
         )
         return bool(own and found == wanted)
+
+    def _is_read_whole(self, wanted: Boolean) -> bool:
+        """Whether some tensor with ``kv_len`` keys is nothing but ``wanted`` at every key.
+
+        Only views, slices and indexing give such a tensor, and they stay in bounds: the data has that many keys. That
+        says nothing where one key is read for all.
+        """
+        return KEY in _symbols(wanted) and any(
+            _liveness(tensor.element) == wanted and tensor.shape != () and same(tensor.shape[-1], self.kv_len)
+            for tensor in self.reader.known.values()
+        )
 
     def _reason(self, literals: Clause | list[Boolean]) -> str:
         names = sorted({atom.name for literal in literals for atom in literal.atoms(Live)})
@@ -221,6 +238,13 @@ def _least(bounds: list[sympy.Expr], what: str) -> sympy.Expr:
         if all(provably_nonnegative(other - bound) for other in bounds):
             return bound
     raise _Refusal(f"several {what} terms whose order is not proved: {', '.join(map(str, bounds))}")
+
+
+def _liveness(element: Element) -> Boolean | None:
+    """Where an element is not zero, if it is a condition or plain data."""
+    if isinstance(element, Truth):
+        return element.condition
+    return Live(element.name, *element.index) if isinstance(element, Datum) and element.integral else None
 
 
 def _live(literal: Boolean) -> Live:

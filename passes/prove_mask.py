@@ -8,7 +8,7 @@ import sympy
 from torch import fx
 
 from mmi_compile.passes.base import AttentionSite, PassContext
-from mmi_compile.passes.mask_algebra import Prover
+from mmi_compile.passes.mask_algebra import Prover, Size
 from mmi_compile.passes.mask_fact import MaskFact
 from mmi_compile.passes.nodes import tensor_of
 
@@ -29,20 +29,22 @@ class ProveMask:
         prover = Prover()
         proved: dict[tuple[object, ...], MaskFact] = {}
         for site in context.open_sites():
-            key = (site.mask, site.is_causal, str(_lengths(site)))  # a SymInt cannot be hashed
+            key = (site.mask, site.is_causal, str(_sizes(site)))  # a SymInt cannot be hashed
             if key not in proved:
                 proved[key] = _prove(site, prover)
             site.mask_fact = proved[key]
 
 
-def _lengths(site: AttentionSite) -> tuple[object, object]:
+def _sizes(site: AttentionSite) -> tuple[Size, Size, Size]:
+    """Batch, query rows and keys."""
     q, k = tensor_of(site.q), tensor_of(site.k)
-    assert q is not None and k is not None  # find_attention closed sites without tensors
-    return q.shape[2], k.shape[2]
+    if q is None or k is None:
+        raise TypeError(f"`{site.node.name}` has operands without a traced value, which find_attention leaves alone")
+    return q.shape[0], q.shape[2], k.shape[2]
 
 
 def _prove(site: AttentionSite, prover: Prover) -> MaskFact:
-    q_len, kv_len = _lengths(site)
+    batch, q_len, kv_len = _sizes(site)
     if site.mask is None:
         # SDPA aligns is_causal to the top left: row 0 sees key 0 only, whatever kv_len is.
         expression = "j <= i" if site.is_causal else "True"
@@ -51,4 +53,4 @@ def _prove(site: AttentionSite, prover: Prover) -> MaskFact:
         return MaskFact(known=False, detail="is_causal=True and attn_mask are both given")
     if not isinstance(site.mask, fx.Node):
         return MaskFact(known=False, detail=f"attn_mask is {site.mask!r}")
-    return prover.prove(site.mask, q_len=q_len, kv_len=kv_len)
+    return prover.prove(site.mask, q_len=q_len, kv_len=kv_len, batch=batch)

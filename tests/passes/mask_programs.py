@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import sympy
@@ -16,6 +17,8 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 
 from mmi_compile.passes.mask_symbols import symbolic
 
+SPARE = 7  # columns of ``wide`` beyond kv_len; so many that no other size has the same hint, and so the same symbol
+
 
 class Refused(Exception):
     """torch itself refuses the program (shapes or dtypes that do not fit)."""
@@ -24,7 +27,8 @@ class Refused(Exception):
 class Builder:
     """Adds nodes to a graph and records ``example_value`` exactly as Dynamo does: by running them on fake tensors.
 
-    The inputs are ``rows`` (float ``[B, q_len]``, only there for its sizes) and ``pad`` (int64 ``[B, kv_len]``).
+    The inputs are ``rows`` (float ``[B, q_len]``, only there for its sizes), ``pad`` (int64 ``[B, kv_len]``) and
+    ``wide`` (int64 ``[B, kv_len + SPARE]``, of which the masks read the first ``kv_len`` columns).
     """
 
     def __init__(self, batch: int, q_len: int, kv_len: int, dynamic: bool) -> None:
@@ -33,12 +37,13 @@ class Builder:
         self.mode = FakeTensorMode(shape_env=self.shapes)
         self.rows = self._input("rows", torch.zeros(batch, q_len), dynamic)
         self.pad = self._input("pad", torch.ones(batch, kv_len, dtype=torch.int64), dynamic)
+        self.wide = self._input("wide", torch.ones(batch, kv_len + SPARE, dtype=torch.int64), dynamic)
         self.batch, self.q_len = self.size(self.rows, 0), self.size(self.rows, 1)
         self.kv_len = self.size(self.pad, 1)
 
     def _input(self, name: str, value: Tensor, dynamic: bool) -> fx.Node:
         node = self.graph.placeholder(name)
-        context = StatelessSymbolicContext([DimDynamic.DYNAMIC if dynamic else DimDynamic.STATIC] * value.dim())
+        context = StatelessSymbolicContext([DimDynamic.DUCK if dynamic else DimDynamic.STATIC] * value.dim())
         node.meta["example_value"] = self.mode.from_tensor(
             value, symbolic_context=context, source=LocalSource(name), static_shapes=None
         )
@@ -73,7 +78,23 @@ class Builder:
         return node
 
     def symbols(self) -> dict[str, sympy.Expr]:
-        return {"B": symbolic(self.batch), "q": symbolic(self.q_len), "kv": symbolic(self.kv_len)}
+        wide = self.wide.meta["example_value"].shape[1]
+        return {
+            "B": symbolic(self.batch), "q": symbolic(self.q_len), "kv": symbolic(self.kv_len), "wide": symbolic(wide),
+        }  # fmt: skip
+
+    def sizes(self, batch: int, q_len: int, kv_len: int) -> dict[sympy.Expr, int]:
+        """What the symbols stand for in a call of these sizes."""
+        values = {"B": batch, "q": q_len, "kv": kv_len, "wide": kv_len + SPARE}
+        return {symbol: values[name] for name, symbol in self.symbols().items() if symbol.is_Symbol}
+
+    def allows(self, batch: int, q_len: int, kv_len: int) -> bool:
+        """Whether the graph, with the guards that tracing it left behind, serves a call of these sizes."""
+        sizes = self.sizes(batch, q_len, kv_len)
+        values = {"B": batch, "q": q_len, "kv": kv_len, "wide": kv_len + SPARE}
+        if any(symbol.subs(sizes) != values[name] for name, symbol in self.symbols().items()):
+            return False  # two sizes share a symbol and differ here
+        return all(guard.expr.subs(sizes) == sympy.true for guard in self.shapes.guards)
 
 
 class Values(fx.Interpreter):
@@ -99,9 +120,12 @@ class Program:
         """Every node's value for inputs of these sizes; padding data are 0, 1 and, now and then, other integers."""
         generator = torch.Generator().manual_seed(seed)
         data = torch.tensor([0, 1, 1, 1, 2, -1, 256])
-        pad = data[torch.randint(0, 4 if seed % 2 else len(data), (batch, kv_len), generator=generator)]
+        kinds = 4 if seed % 2 else len(data)
+        pad, wide = (
+            data[torch.randint(0, kinds, (batch, length), generator=generator)] for length in (kv_len, kv_len + SPARE)
+        )
         interpreter = Values(self.builder.graph)
-        interpreter.run(torch.zeros(batch, q_len), pad)
+        interpreter.run(torch.zeros(batch, q_len), pad, wide)
         return interpreter.by_name
 
 
@@ -190,10 +214,12 @@ def _padding(draw: st.DrawFn, b: Builder) -> fx.Node:
             ]
         )
     )  # fmt: skip
-    form = draw(st.sampled_from(["bool", "ne", "eq", "gt", "gather", "not"]))
+    form = draw(st.sampled_from(["bool", "ne", "eq", "gt", "gather", "wide", "not"]))
     early = draw(st.booleans())
     if form == "gather":
         return _gathered(draw, b, b.method("bool", pad))
+    if form == "wide":
+        return _wide(draw, b)
     pad = pad if early else b.call(operator.getitem, pad, shape)
     if form in ("bool", "not"):
         pad = b.method("bool", pad)
@@ -201,6 +227,37 @@ def _padding(draw: st.DrawFn, b: Builder) -> fx.Node:
     else:
         pad = _spell(draw, b, form, pad, draw(st.sampled_from([0, 0, 1])))
     return b.call(operator.getitem, pad, shape) if early else pad
+
+
+def _wide(draw: st.DrawFn, b: Builder) -> fx.Node:
+    """Padding that is longer than the keys, cut to size by indexing."""
+    early = draw(st.booleans())
+    pad = b.method("bool", b.wide) if early else b.wide
+    if draw(st.booleans()):
+        pad = _gathered(draw, b, pad)
+    else:
+        stop: Any = draw(st.sampled_from([b.kv_len, b.kv_len, b.kv_len, None, -1, 1]))
+        columns = slice(draw(st.sampled_from([None, None, None, 1])), stop)
+        pad = b.call(operator.getitem, pad, (slice(None), None, None, columns))
+    return pad if early else _spell(draw, b, draw(st.sampled_from(["ne", "ne", "eq"])), pad, 0)
+
+
+def _documents(draw: st.DrawFn, b: Builder) -> fx.Node:
+    """Whether a query row and a key are of one document, from positions that step by something else than 1."""
+    pick = partial(draw, st.sampled_from([1, 1, 1, 0, 2]))
+    index = b.call(torch.arange, pick(), b.call(operator.add, b.kv_len, pick()))
+    index = b.call(operator.mul, index, pick()) if draw(st.booleans()) else index
+    index = b.call(operator.getitem, index, (None, slice(None)))
+    ends = {}
+    for name in draw(st.sampled_from([["prepend"], ["prepend"], ["append"], []])):
+        kept = slice(None, 1) if name == "prepend" else slice(-1, None)
+        end = b.call(operator.getitem, index, (slice(None), kept))
+        ends[name] = b.call(operator.sub, end, draw(st.sampled_from([1, 1, -1, 0])))
+    steps = b.call(torch.diff, index, dim=draw(st.sampled_from([-1, 1])), **ends)
+    number = b.method("cumsum", _spell(draw, b, draw(st.sampled_from(["ne", "ne", "eq"])), steps, pick()), -1)
+    rows = b.call(operator.getitem, number, (slice(None), slice(None, b.q_len), None))
+    keys = b.call(operator.getitem, number, (slice(None), None, slice(None)))
+    return _spell(draw, b, draw(st.sampled_from(["eq", "eq", "le"])), rows, keys)
 
 
 def _gathered(draw: st.DrawFn, b: Builder, pad: fx.Node) -> fx.Node:
@@ -235,7 +292,12 @@ def _right(draw: st.DrawFn, b: Builder) -> fx.Node:
     else:
         rows = b.call(operator.getitem, b.call(torch.arange, b.q_len), (slice(None), None))
         causal = b.call(operator.le, b.call(torch.arange, b.kv_len), b.call(operator.add, rows, shift))
-    live = b.call(operator.getitem, b.method("bool", b.pad), (slice(None), None, None, slice(None)))
+    form = draw(st.sampled_from(["pad", "pad", "slice", "gather"]))
+    live = b.method("bool", b.pad if form == "pad" else b.wide)
+    if form == "gather":
+        live = _gathered(draw, b, live)
+    else:
+        live = b.call(operator.getitem, live, (slice(None), None, None, slice(None, b.kv_len)))
     part = draw(st.sampled_from(["both", "both", "causal", "live"]))
     return {"both": lambda: b.call(operator.and_, causal, live), "causal": lambda: causal, "live": lambda: live}[part]()
 
@@ -253,6 +315,7 @@ _TERMS = [
     _padding,
     _pieces,
     _heads,
+    _documents,
 ]
 
 

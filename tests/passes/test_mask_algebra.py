@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cache
+from itertools import product
 from typing import Any
 
 import pytest
@@ -14,11 +16,18 @@ from hypothesis import assume, event, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx
 
+from mmi_compile.options import Options
+from mmi_compile.passes.base import AttentionSite, PassContext
 from mmi_compile.passes.mask_algebra import Prover, prove, symbolic
 from mmi_compile.passes.mask_fact import MaskFact
+from mmi_compile.passes.mask_reader import Reader
+from mmi_compile.passes.mask_symbols import Cases, Live, Position, SymbolicTensor, Truth, axis, same
+from mmi_compile.passes.prove_mask import ProveMask
 from tests import models
 from tests.harness import Recorder, capture
 from tests.passes.mask_programs import Builder, Program, build
+
+ONE_LAYER = models.Shape(layers=1)
 
 
 def described(fact: MaskFact, values: dict[str, Any], sizes: dict[sympy.Expr, int], q: int, kv: int) -> Tensor:
@@ -33,15 +42,14 @@ def described(fact: MaskFact, values: dict[str, Any], sizes: dict[sympy.Expr, in
     if fact.padding is not None:
         padding = values[fact.padding.name]
         assert padding.dim() == 2
-        assert padding.shape[1] == kv
-        mask = mask & (padding != 0)[:, None, None, :]
+        assert padding.shape[1] >= kv
+        mask = mask & (padding != 0)[:, None, None, :kv]
     return mask
 
 
 def check(fact: MaskFact, program: Program, batch: int, q: int, kv: int) -> None:
     """Compare a known fact with what the graph really computes for these sizes."""
-    symbols = program.builder.symbols()
-    sizes = {symbols["B"]: batch, symbols["q"]: q, symbols["kv"]: kv}
+    sizes = program.builder.sizes(batch, q, kv)
     for seed in range(3):
         values = program.run(batch, q, kv, seed)
         actual = values[program.mask.name]
@@ -55,7 +63,7 @@ def check(fact: MaskFact, program: Program, batch: int, q: int, kv: int) -> None
             assert values[fact.padding.name].shape[0] == batch
 
 
-@settings(max_examples=200)
+@settings(max_examples=4 * settings().max_examples)
 @given(st.data())
 def test_a_known_fact_is_never_wrong(data: st.DataObject) -> None:
     dynamic = data.draw(st.booleans())
@@ -71,12 +79,10 @@ def test_a_known_fact_is_never_wrong(data: st.DataObject) -> None:
         assert fact.detail
         return
     check(fact, program, batch, q, kv)
-    if dynamic and not b.shapes.guards and min(batch, q, kv) > 1:
-        # No guard was needed, so the fact has to hold for every size (equal hints share one symbol).
-        same_bq, same_bk, same_qk = batch == q, batch == kv, q == kv
-        other = {"B": 4, "q": 4 if same_bq else 5, "kv": 9}
-        other["kv"] = other["q"] if same_qk else other["B"] if same_bk else 9
-        check(fact, program, other["B"], other["q"], other["kv"])
+    for other in [(4, 5, 9), (4, 5, 5), (4, 4, 9), (4, 9, 4), (4, 4, 4)]:
+        if dynamic and b.allows(*other):
+            event("known for other sizes")
+            check(fact, program, *other)
 
 
 Form = Callable[[Tensor, Tensor], Tensor]
@@ -176,6 +182,10 @@ REFUSED: dict[str, tuple[Form, str]] = {
     "padding of heads": (lambda q, p: _tril(q) & p[:, :, None].bool(), "differs between heads"),
     "late roll": (lambda q, p: _tril(q) & p[:, None, None].roll(1, -1).bool(), "`roll`, which is not read"),
     "first row's padding": (lambda q, p: _tril(q) & p[:1, None, None].bool(), "is not a [batch, kv_len] tensor"),
+    "first key's padding": (
+        lambda q, p: _tril(q) & p[:, :1][:, None, None].bool().expand(-1, 1, _s(q), _s(q)),
+        "is not a [batch, kv_len] tensor",
+    ),
     "late == 1": (lambda q, p: _tril(q) & (p[:, None, None] == 1), "is not a [batch, kv_len] tensor"),
     "documents": (lambda q, p: _tril(q) & _document(p), "differs between query rows"),
     "bias": (lambda q, p: torch.where(_tril(q), 0.0, -1e4), "a bias, or not low enough"),
@@ -216,13 +226,6 @@ REFUSED["padding changed"] = (_padding_changed, "is changed in place")
 REFUSED["changed through a view"] = (_changed_through_view, "is changed in place")
 
 
-def attention(form: Form) -> Callable[[Tensor, Tensor], Tensor]:
-    def run(q: Tensor, p: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, q, q, attn_mask=form(q, p))
-
-    return run
-
-
 def masks(gm: fx.GraphModule) -> list[tuple[fx.Node, Any, Any, Any]]:
     """Mask, q_len, kv_len and batch of every attention, fused or written out."""
     found: list[tuple[fx.Node, Any, Any, Any]] = []
@@ -243,28 +246,44 @@ def facts(gm: fx.GraphModule) -> list[MaskFact]:
     return [prover.prove(m, q_len=q, kv_len=kv, batch=b) for m, q, kv, b in masks(gm) if m is not None]
 
 
-def prove_form(form: Form, dynamic: bool) -> MaskFact:
+def prove_forms(forms: Sequence[Form], dynamic: bool) -> list[MaskFact]:
+    """Facts of one graph in which each form has its own attention."""
+
+    def run(q: Tensor, p: Tensor) -> list[Tensor]:
+        return [F.scaled_dot_product_attention(q, q, q, attn_mask=form(q, p)) for form in forms]
+
     # As many heads as batch elements, so that padding of the wrong axis still broadcasts.
-    recorder = capture(attention(form), torch.randn(3, 3, 7, 4), torch.ones(3, 7, dtype=torch.int64), dynamic=dynamic)
-    (fact,) = facts(recorder.graphs[0])
+    q, p = torch.randn(3, 3, 7, 4), torch.ones(3, 7, dtype=torch.int64)
+    (gm,) = capture(run, q, p, dynamic=dynamic, fullgraph=True).graphs
+    # A prover for each: a form must not profit from what was read for another.
+    return [prove(m, q_len=q_len, kv_len=kv, batch=b) for m, q_len, kv, b in masks(gm)]
+
+
+def prove_form(form: Form, dynamic: bool) -> MaskFact:
+    (fact,) = prove_forms([form], dynamic)
     return fact
+
+
+@cache
+def facts_of(kind: str, dynamic: bool) -> dict[str, MaskFact]:
+    """What is found for each of the named forms; tracing all of them at once takes a fraction of the time."""
+    named = {"proved": PROVED, "refused": REFUSED}[kind]
+    found = prove_forms([form for form, _ in named.values()], dynamic)
+    return dict(zip(named, found, strict=True))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("name", PROVED)
 def test_forms_that_are_proved(name: str, dynamic: bool) -> None:
-    form, meaning = PROVED[name]
-    fact = prove_form(form, dynamic)
-    assert str(fact) == meaning
+    assert str(facts_of("proved", dynamic)[name]) == PROVED[name][1]
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("name", REFUSED)
 def test_forms_that_are_refused(name: str, dynamic: bool) -> None:
-    form, detail = REFUSED[name]
-    fact = prove_form(form, dynamic)
+    fact = facts_of("refused", dynamic)[name]
     assert not fact.known
-    assert detail in fact.detail
+    assert REFUSED[name][1] in fact.detail
 
 
 def test_padding_is_the_node_that_holds_it() -> None:
@@ -282,9 +301,7 @@ def test_a_cast_that_may_cut_bits_is_itself_the_padding() -> None:
 
 
 def test_padding_shared_by_the_batch_is_refused() -> None:
-    recorder = capture(attention(lambda q, p: p[:1, None, None].bool()), torch.randn(2, 2, 5, 4), torch.ones(2, 5))
-    (fact,) = facts(recorder.graphs[0])
-    assert not fact.known
+    assert not prove_form(lambda q, p: p[:1, None, None].bool(), False).known
 
 
 def test_chunked_offset_is_an_expression_of_the_lengths() -> None:
@@ -345,8 +362,7 @@ def _model(model_class: Any, config: Any, attn: str) -> tuple[Any, dict[str, Ten
     return model, {"input_ids": ids, "attention_mask": attention_mask}
 
 
-@pytest.mark.parametrize("attn", ["sdpa", "eager"])
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(("attn", "dynamic"), [("sdpa", True), ("eager", False)])
 def test_sliding_window_of_mistral(attn: str, dynamic: bool) -> None:
     model, inputs = _mistral(attn)
     gm = next(g for g in capture(model, use_cache=False, dynamic=dynamic, **inputs).graphs if masks(g))
@@ -360,17 +376,200 @@ def test_both_masks_of_gemma3(attn: str) -> None:
     assert [str(f) for f in facts(gm)] == ["causal and sliding window 8 and padding", "causal and padding"]
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "llava"])
-@pytest.mark.parametrize("attn", ["sdpa", "eager"])
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(
+    ("name", "attn", "dynamic"),
+    [("qwen2_5_vl", "sdpa", True), ("qwen2_5_vl", "eager", False), ("llava", "sdpa", False), ("llava", "eager", True)],
+)
 def test_language_models_of_vision_models(name: str, attn: str, dynamic: bool) -> None:
-    built, inputs = models.build(name, attn=attn, batch=2, padding="left")
-    language_model = built.model.language_model
-    recorder = Recorder()
-    torch._dynamo.reset()
-    language_model.compile(backend=recorder, dynamic=dynamic)
+    built, inputs = models.build(name, attn=attn, batch=2, padding="left", shape=ONE_LAYER)
+    recorder = record(built.model.language_model, dynamic)
     with torch.no_grad():
         built(**inputs)
-    found = [str(fact) for gm in recorder.graphs for fact in facts(gm)]
-    assert found
-    assert set(found) == {"causal and padding"}
+    assert meanings(recorder) == ["causal and padding"]
+
+
+def record(model: torch.nn.Module, dynamic: bool | None = None) -> Recorder:
+    """Compile ``model`` in place with a recorder."""
+    torch._dynamo.reset()
+    recorder = Recorder()
+    model.compile(backend=recorder, dynamic=dynamic)
+    return recorder
+
+
+def meanings(recorder: Recorder) -> list[str]:
+    return [str(fact) for gm in recorder.graphs for fact in facts(gm)]
+
+
+@pytest.mark.parametrize(
+    ("name", "attn", "dynamic"),
+    [("qwen2", "sdpa", False), ("qwen2", "sdpa", True), ("qwen2", "eager", True)]
+    + [("llama", "sdpa", True), ("llama", "eager", False), ("llama", "eager", True)],
+)
+def test_text_models_without_cache_or_padding_have_no_documents(name: str, attn: str, dynamic: bool) -> None:
+    built, inputs = models.build(name, attn=attn, batch=2, tokens=9, with_attention_mask=False, shape=ONE_LAYER)
+    found = meanings(capture(built.model, use_cache=False, dynamic=dynamic, **inputs))
+    assert found == ["causal"]
+
+
+def test_documents_given_as_positions_are_unknown_for_a_readable_reason() -> None:
+    built, inputs = models.build("qwen2", tokens=9, with_attention_mask=False, shape=ONE_LAYER)
+    positions = torch.cat([torch.arange(4), torch.arange(5)])[None]
+    (found,) = meanings(capture(built.model, use_cache=False, position_ids=positions, **inputs))
+    assert found.startswith("unknown")
+    assert "as masks of packed documents do" in found
+
+
+def test_documents_cannot_be_proved_away_where_positions_jump() -> None:
+    def jump(q: Tensor, p: Tensor) -> Tensor:
+        positions = (torch.arange(_s(q)) * 2)[None]
+        ids = (torch.diff(positions, prepend=positions[:, :1] - 1, dim=-1) != 1).cumsum(-1)
+        return _tril(q) & (ids[:, None, :, None] == ids[:, None, None, :])
+
+    assert not prove_form(jump, True).known
+
+
+def element_at(tensor: SymbolicTensor, index: tuple[int, ...], sizes: dict[sympy.Expr, int]) -> int | bool | None:
+    """One element of a tensor that was read, for these sizes; None where it is left to the data."""
+    places = {axis(len(index) - 1 - n): k for n, k in enumerate(index)}
+    known = {symbol: sympy.Integer(value) for symbol, value in (places | sizes).items()}
+    if isinstance(tensor.element, Position):
+        return int(tensor.element.expr.xreplace(known))
+    if isinstance(tensor.element, Cases):
+        (value,) = (value for value, when in tensor.element.items if when.xreplace(known) == sympy.true)
+        assert isinstance(value, int)
+        return value
+    if isinstance(tensor.element, Truth) and not tensor.element.condition.atoms(Live):
+        return tensor.element.condition.xreplace(known) == sympy.true
+    return None
+
+
+@given(st.data())
+def test_differences_and_running_sums_are_exact_at_every_index(data: st.DataObject) -> None:
+    batch, tokens = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 5))
+    b = Builder(batch, tokens, tokens, data.draw(st.booleans()))
+    small = st.sampled_from([1, 1, 0, 2, -1])
+    dtype = data.draw(st.sampled_from([torch.int64, torch.int32]))
+    positions = b.call(operator.mul, b.call(torch.arange, b.kv_len, dtype=dtype), data.draw(small))
+    positions = b.call(operator.add, positions, data.draw(small))
+    positions = b.method("expand", b.method("unsqueeze", positions, 0), b.batch, -1)
+    ends: dict[str, Any] = {}
+    for name, kept in (("prepend", slice(None, 1)), ("append", slice(-1, None))):
+        if data.draw(st.booleans()):
+            end = b.call(operator.getitem, positions, (slice(None), kept))
+            ends[name] = b.call(operator.sub, end, data.draw(small))
+    dim = data.draw(st.sampled_from([-1, 1, -1, 0]))
+    if dim == 0:
+        ends = {}
+    steps = b.call(torch.diff, positions, dim=dim, **ends)
+    changes = b.call(operator.ne, steps, data.draw(small))
+    sums = b.method("cumsum", data.draw(st.sampled_from([changes, steps])), data.draw(st.sampled_from([-1, 0])))
+    sizes, values, reader = b.sizes(batch, tokens, tokens), Program(b, sums).run(batch, tokens, tokens), Reader(b.graph)
+    for node in (steps, changes, sums):
+        tensor, actual = reader.read(node), values[node.name]
+        for index in product(*map(range, actual.shape)):
+            found = element_at(tensor, index, sizes)
+            event(f"{node.target}: read {found is not None}")
+            assert found is None or found == actual[index].item(), (node, tensor, index)
+
+
+def test_layers_of_different_batch_sizes_do_not_share_a_fact() -> None:
+    def run(q: Tensor, three: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+        mask = _tril(q)[None, None] & p[:, None, None].bool()
+        one = F.scaled_dot_product_attention(q, q, q, attn_mask=mask)
+        return one, F.scaled_dot_product_attention(three, three, three, attn_mask=mask)
+
+    inputs = torch.randn(1, 2, 5, 4), torch.randn(3, 2, 5, 4), torch.ones(1, 5, dtype=torch.int64)
+    (gm,) = capture(run, *inputs, dynamic=False).graphs
+    context = PassContext(Options())
+    for node in gm.graph.find_nodes(op="call_function", target=F.scaled_dot_product_attention):
+        q, k, v = node.args
+        context.sites.append(AttentionSite(node, q, k, v, "sdpa", mask=node.kwargs["attn_mask"]))
+    ProveMask().run(gm, context)
+    # One row of padding is all the padding that a batch of one has, and none that a batch of three could be given.
+    assert [str(site.mask_fact).split(" (")[0] for site in context.sites] == ["causal and padding", "unknown"]
+
+
+def chunks(batch: int, dynamic: bool | None, mask_tokens: int) -> list[tuple[MaskFact, fx.GraphModule]]:
+    """Facts of a prefill in three chunks; the padding mask grows with them, or has its full length from the start."""
+    transformers = pytest.importorskip("transformers")
+    built, inputs = models.build(
+        "qwen2", batch=batch, tokens=24, padding="left" if batch > 1 else "none", shape=ONE_LAYER
+    )
+    ids, live = inputs["input_ids"], inputs["attention_mask"]
+    recorder, cache = record(built.model, dynamic), transformers.DynamicCache(config=built.model.config)
+    for start, stop in ((0, 8), (8, 17), (17, 24)):
+        with torch.no_grad():
+            built.model(
+                input_ids=ids[:, start:stop], attention_mask=live[:, : max(stop, mask_tokens)], past_key_values=cache,
+                use_cache=True,
+            )  # fmt: skip
+    return [(fact, gm) for gm in recorder.graphs for fact in facts(gm)]
+
+
+@pytest.mark.parametrize(("batch", "dynamic", "mask_tokens"), [(1, True, 0), (2, None, 24)])
+def test_chunked_prefill_with_padding_of_another_symbol(batch: int, dynamic: bool | None, mask_tokens: int) -> None:
+    found = chunks(batch, dynamic, mask_tokens)
+    assert len(found) > 1
+    for fact, gm in found:
+        ((_, q_len, kv_len, _),) = masks(gm)
+        assert fact.known, fact.detail
+        assert fact.causal
+        assert fact.padding is not None
+        assert sympy.expand(fact.offset - symbolic(kv_len) + symbolic(q_len)) == 0
+    last, gm = found[-1]
+    ((_, _, kv_len, _),) = masks(gm)
+    assert last.padding is not None
+    assert symbolic(last.padding.meta["example_value"].shape[1]) != symbolic(kv_len)
+
+
+@pytest.mark.parametrize("indexing", ["slice", "gather"])
+def test_longer_padding_read_in_bounds_is_the_padding(indexing: str) -> None:
+    b = Builder(2, 4, 9, dynamic=True)
+    live = b.method("bool", b.wide)
+    if indexing == "slice":
+        mask = b.call(operator.getitem, live, (slice(None), None, None, slice(None, b.kv_len)))
+    else:
+        rows = b.call(operator.getitem, b.call(torch.arange, b.batch), (slice(None), None, None, None))
+        keys = b.call(operator.getitem, b.call(torch.arange, b.kv_len), (None, None, None, slice(None)))
+        mask = b.call(operator.getitem, live, (rows, keys))
+    fact = prove(mask, q_len=b.q_len, kv_len=b.kv_len, batch=b.batch)
+    assert fact.padding is b.wide
+
+
+def test_a_slice_of_the_right_length_goes_before_longer_padding() -> None:
+    b = Builder(2, 4, 9, dynamic=True)
+    exact = b.call(operator.getitem, b.method("bool", b.wide), (slice(None), slice(None, b.kv_len)))
+    mask = b.call(operator.getitem, exact, (slice(None), None, None, slice(None)))
+    assert prove(mask, q_len=b.q_len, kv_len=b.kv_len, batch=b.batch).padding is exact
+
+
+def test_longer_padding_is_refused_where_a_shift_moves_it() -> None:
+    b = Builder(2, 4, 9, dynamic=True)
+    shifted = slice(1, b.call(operator.add, b.kv_len, 1))
+    mask = b.call(operator.getitem, b.method("bool", b.wide), (slice(None), None, None, shifted))
+    assert not prove(mask, q_len=b.q_len, kv_len=b.kv_len, batch=b.batch).known
+
+
+def test_another_length_that_came_by_broadcasting_is_refused() -> None:
+    b = Builder(2, 4, 9, dynamic=True)
+    keys = b.call(operator.le, b.call(torch.arange, b.kv_len), b.kv_len)
+    live = b.call(operator.getitem, b.method("bool", b.wide), (slice(None), None, None, slice(None)))
+    mask = b.graph.call_function(operator.and_, (keys, live))  # torch would refuse or guard: this is the traced value
+    batch, kv_len = b.pad.meta["example_value"].shape
+    with b.mode:
+        mask.meta["example_value"] = torch.ones(batch, 1, 1, kv_len, dtype=torch.bool)
+    fact = prove(mask, q_len=b.q_len, kv_len=b.kv_len, batch=b.batch)
+    assert not fact.known
+    assert "is not provably" in fact.detail
+
+
+def test_padding_joined_from_pieces_is_no_proof_of_their_length() -> None:
+    # Only the first half of the keys is read from `short`; the causal term hides the rest.
+    b = Builder(2, 4, 9, dynamic=True)
+    short = b.call(operator.getitem, b.method("bool", b.wide), (slice(None), slice(None, b.q_len)))
+    past = b.call(operator.sub, b.kv_len, b.q_len)
+    rest = b.call(torch.zeros, b.batch, past, dtype=torch.bool)
+    live = b.call(operator.getitem, b.call(torch.cat, [short, rest], dim=-1), (slice(None), None, None))
+    causal = b.method("tril", b.call(torch.ones, b.q_len, b.kv_len, dtype=torch.bool))
+    fact = prove(b.call(operator.and_, causal, live), q_len=b.q_len, kv_len=b.kv_len, batch=b.batch)
+    assert fact.padding is None or same(symbolic(fact.padding.meta["example_value"].shape[1]), symbolic(b.kv_len))
