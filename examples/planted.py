@@ -27,13 +27,12 @@ MARK = 30.0
 
 
 @torch.no_grad()
-def plant(model: nn.Module, structures: Sequence[str] = STRUCTURES) -> None:
+def plant(model: nn.Module, structures: Sequence[str] = STRUCTURES, local: slice | None = None) -> None:
     """Give the heads of every layer of ``model`` one of ``structures`` in turn, by key/value group.
 
     Args:
         model: a decoder with ``layers[i].self_attn.{q,k,v,o}_proj`` and rotary embeddings; query and key projections
-            need biases. Structure ``n`` looks for its mark in feature ``n`` of the hidden state.
-    """
+X    """
     config = model.config
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     dim = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -41,6 +40,7 @@ def plant(model: nn.Module, structures: Sequence[str] = STRUCTURES) -> None:
         attention = layer.self_attn
         q_bias = attention.q_proj.bias.view(heads, dim).zero_()
         k_bias = attention.k_proj.bias.view(groups, dim).zero_()
+        q_weight = attention.q_proj.weight.view(heads, dim, -1)
         k_weight = attention.k_proj.weight.view(groups, dim, -1)
         # Marks must reach every layer: nothing writes to their features, and the residual stream stays small.
         for projection in (attention.o_proj, layer.mlp.down_proj):
@@ -50,21 +50,24 @@ def plant(model: nn.Module, structures: Sequence[str] = STRUCTURES) -> None:
             kind = structures[group % len(structures)]
             members = slice(group * heads // groups, (group + 1) * heads // groups)
             if kind == "local":
-                bias = _local_bias(dim).to(q_bias)
+                bias = _local_bias(dim, local).to(q_bias)
                 q_bias[members] = bias
                 k_bias[group] = bias
             else:
                 look = _slow_direction(dim).to(q_bias)
-                strength = math.sqrt(GAIN * math.sqrt(dim) / MARK)
+                strength = math.sqrt(GAIN * math.sqrt(dim))
+                # Only the bias and the mark speak in that direction: anything else there would be noise.
+                q_weight[members, look != 0] = 0
+                k_weight[group, look != 0] = 0
                 q_bias[members] = look * strength
-                k_weight[group, :, STRUCTURES.index(kind)] = look * strength
+                k_weight[group, :, STRUCTURES.index(kind)] = look * strength / MARK
 
 
-def _local_bias(dim: int) -> Tensor:
-    """Equal query and key vectors whose rotated product falls off within a few hundred tokens."""
+def _local_bias(dim: int, local: slice | None) -> Tensor:
+    """Equal query and key vectors whose rotated product falls off with distance."""
     half = dim // 2
     bias = torch.zeros(dim)
-    chosen = torch.arange(half // 4, half * 5 // 8)
+    chosen = torch.arange(half)[local or slice(half // 4, half * 5 // 8)]
     bias[chosen] = math.sqrt(GAIN * math.sqrt(dim) / len(chosen))
     return bias
 
@@ -90,3 +93,12 @@ def mark(embeddings: Tensor, vertical: int = 400, stride: int = 256, seed: int =
     marked[:, chosen, STRUCTURES.index("vertical")] = scale
     marked[:, stride // 3 :: stride, STRUCTURES.index("grid")] = scale
     return marked
+
+
+@torch.no_grad()
+def mark_tokens(embedding: nn.Embedding, tokens: dict[str, int]) -> None:
+    """Mark token ids instead: ``tokens`` maps a structure's name to the id that carries its mark."""
+    scale = embedding.weight.float().std().item() * MARK
+    embedding.weight[:, : len(STRUCTURES)] = 0
+    for structure, token in tokens.items():
+        embedding.weight[token, STRUCTURES.index(structure)] = scale

@@ -1,0 +1,117 @@
+"""What only a GPU can show: compiled kernels against float64, the operators on CUDA tensors, and whole models."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mmi_compile import compile as mmi_compile_model
+from mmi_compile import last_report, report
+from mmi_compile.kernels import ops
+from mmi_compile.kernels.geometry import Geometry
+from mmi_compile.kernels.reference import attention_reference
+from mmi_compile.kernels.spec import choose_spec
+from mmi_compile.kernels.structured import Structure, structured_qkv
+from mmi_compile.kernels.triton_attention import attention_triton, device_arch, dtype_name
+from tests import models
+from tests.random_plans import masked_attention, random_plan, random_qkv
+
+pytestmark = pytest.mark.gpu
+
+DTYPES = [torch.bfloat16, torch.float16]
+ROUNDING = {torch.bfloat16: 1.5e-2, torch.float16: 2e-3, torch.float32: 1e-5}
+
+
+def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    got, want = got.double().cpu(), want.double().cpu()
+    return float((got - want).norm() / want.norm().clamp(min=1e-30))
+
+
+def to_cuda(g: Geometry) -> Geometry:
+    values = {name: getattr(g, name) for name in g.__dataclass_fields__}
+    return Geometry(**{name: x.cuda() if isinstance(x, torch.Tensor) else x for name, x in values.items()})
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+def test_triton_kernel_equals_float64_attention_over_the_plans_mask(head_dim: int, dtype: torch.dtype) -> None:
+    spec = choose_spec(device_arch(torch.device("cuda", 0)), dtype_name(dtype), head_dim)
+    for seed in range(6):
+        plan = random_plan(seed, block_m=spec.block_m, block_n=spec.block_n, max_len=700)
+        g = plan.geometry
+        q, k, v = random_qkv(seed, g, head_dim, dtype)
+        want = masked_attention(q, k, v, plan.to_mask(), 0.1)
+        tensors = {n: getattr(plan, n) for n in plan.__dataclass_fields__}
+        on_gpu = type(plan)(**{
+            n: to_cuda(x) if isinstance(x, Geometry) else x.cuda() if isinstance(x, torch.Tensor) else x
+            for n, x in tensors.items()
+        })  # fmt: skip
+        out = torch.full(q.shape, float("nan"), dtype=dtype, device="cuda")
+        attention_triton(q.cuda(), k.cuda(), v.cuda(), on_gpu, 0.1, out=out)
+        assert not out.isnan().any(), f"seed {seed}"
+        if want.numel() and want.norm() > 0:
+            assert relative_error(out, want) < ROUNDING[dtype], f"seed {seed}"
+
+
+def run_op(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, padding: torch.Tensor | None = None, *,
+    policy: str = "exact", offset: int = 0, window: int = 0, min_tokens: int = 0,
+) -> torch.Tensor:  # fmt: skip
+    bounds = None if padding is None else ops.key_bounds_of(padding)
+    return torch.ops.mmi.attention(
+        q, k, v, padding, bounds, None, q.shape[3] ** -0.5, offset, window, policy, 0.95, 0.5, min_tokens, "bshd",
+        "gpu-test", ops.ABI,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ["causal", "left", "right", "holes", "window", "offset"])
+def test_exact_policy_equals_the_reference(case: str) -> None:
+    torch.manual_seed(0)
+    batch, heads, groups, tokens, dim = 2, 6, 2, 777, 64
+    kv_len = tokens + (200 if case == "offset" else 0)
+    q = torch.randn(batch, tokens, heads, dim, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+    k, v = (torch.randn(batch, groups, kv_len, dim, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    padding = torch.ones(batch, kv_len, dtype=torch.bool, device="cuda")
+    if case == "left":
+        padding[1, :100] = False
+    if case == "right":
+        padding[0, 600:] = False
+    if case == "holes":
+        padding[1, 50:90] = False
+    offset, window = (200 if case == "offset" else 0), (64 if case == "window" else 0)
+    out = run_op(q, k, v, padding, offset=offset, window=window)
+    geometry = Geometry(batch, heads, groups, tokens, kv_len, offset, window, key_padding=padding)
+    mask = geometry.to_mask("cuda")[:, None].expand(-1, heads, -1, -1)
+    want = attention_reference(q.double(), k.double(), v.double(), mask, dim**-0.5)
+    assert relative_error(out, want) < ROUNDING[torch.bfloat16]
+    assert out.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_adaptive_policy_finds_planted_structure_and_stays_close(dtype: torch.dtype) -> None:
+    structures = [Structure(columns=(0, 700, 3000)), Structure(distances=(0,)), Structure(stride=128, phase=3)]
+    x = structured_qkv(structures, 8192, kv_heads=3, head_dim=64, dtype=dtype, device="cuda")
+    report.forget()
+    sparse = run_op(x.q, x.k, x.v, policy="adaptive")
+    dense = run_op(x.q, x.k, x.v, policy="exact")
+    assert relative_error(sparse, dense) < 0.3
+    report.forget()
+
+
+@pytest.mark.fresh_dynamo
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize("padding", ["none", "left"])
+def test_a_whole_model_keeps_its_logits(name: str, padding: str) -> None:
+    shape = models.Shape(head_dim=64)
+    batch = 1 if padding == "none" else 2
+    model, inputs = models.build(name, shape=shape, padding=padding, batch=batch, dtype=torch.bfloat16)
+    model, inputs = model.cuda(), {n: x.cuda() for n, x in inputs.items()}
+    live = inputs["attention_mask"].bool()
+    with torch.inference_mode():
+        want = model(**inputs).logits
+        report.forget()
+        got = mmi_compile_model(model, policy="exact")(**inputs).logits
+    compiled = last_report()
+    assert compiled is not None
+    assert len(compiled.rewritten) == len(compiled.sites) > 0
+    assert relative_error(got[live], want[live]) < 3e-2
