@@ -6,10 +6,11 @@ import hashlib
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
+from torch._dynamo.exc import RestartAnalysis, SkipFrame
 
 from mmi_compile.decision import MMIError, Reason
 from mmi_compile.options import Options
@@ -48,15 +49,17 @@ def compile_graph(
     observe: Callable[[GraphReport], None],
 ) -> CompiledFn:
     """Rewrite one graph, report it to ``observe``, compile it with the inner backend."""
-    rewritten, report = rewrite_graph(gm, options, needs_grad=_needs_grad(example_inputs))
-    observe(report)
-    if options.strict:
-        _raise_if_left(report)
-    if options.dump is not None and report.sites:
-        report.dump(options.dump)
-    started = time.perf_counter()
+    rewritten, report = rewrite_graph(gm, options, needs_grad=_needs_grad(gm, example_inputs))
+    started, counts = time.perf_counter(), True
     try:
+        if options.strict:
+            _raise_if_left(report)
+        if options.dump is not None and report.sites:
+            report.dump(options.dump)
         return _inner(rewritten, example_inputs, options, mode)
+    except (RestartAnalysis, SkipFrame):
+        counts = False  # Dynamo's control flow, no failure of ours: it will trace and compile this frame again
+        raise
     except Exception as error:
         if rewritten is gm or options.strict:
             raise
@@ -65,19 +68,28 @@ def compile_graph(
         return _inner(gm, example_inputs, options, mode)
     finally:
         report.seconds["inner backend"] = time.perf_counter() - started
+        if counts:
+            observe(report)
 
 
-def rewrite_graph(gm: fx.GraphModule, options: Options, *, needs_grad: bool = False) -> tuple[fx.GraphModule, GraphReport]:
+def rewrite_graph(
+    gm: fx.GraphModule, options: Options, *, needs_grad: bool = False
+) -> tuple[fx.GraphModule, GraphReport]:
     """Run the pass pipeline on a copy of ``gm``.
 
     Returns:
         The rewritten graph and its report, or ``gm`` itself when nothing changed or a pass raised (recorded in the
         report; raised under ``strict``).
+
+    Raises:
+        OptionError: ``skip_passes`` names a pass that does not exist.
+        MMIError: a pass failed under ``strict``.
     """
     import mmi_compile.kernels.ops  # noqa: F401  registers mmi::…
     from mmi_compile.passes import PIPELINE, PassContext, run_pipeline
 
-    key = graph_key(gm)
+    options.check_skip_passes([step.name for step in PIPELINE])
+    key = graph_key(gm, options)
     context = PassContext(options=options, graph_key=key, needs_grad=needs_grad)
     report = GraphReport(key=key, options=options, original=gm)
     copy = _copy(gm)
@@ -98,9 +110,10 @@ def rewrite_graph(gm: fx.GraphModule, options: Options, *, needs_grad: bool = Fa
     return (copy if context.changed else gm), report
 
 
-def graph_key(gm: fx.GraphModule) -> str:
-    """Name of a graph that another process gives to the same graph, so that compiled code can be cached on disk."""
-    code = re.sub(r"0x[0-9a-f]+", "", gm.code)
+def graph_key(gm: fx.GraphModule, options: Options) -> str:
+    """Name of a graph under these options. Another process gives it the same name, so that compiled code can be cached
+    on disk; other options give it another, so that what ran under each is reported apart."""
+    code = re.sub(r"0x[0-9a-f]+", "", gm.code) + options.digest()
     return hashlib.sha256(code.encode()).hexdigest()[:12]
 
 
@@ -123,8 +136,12 @@ def _copy(gm: fx.GraphModule) -> fx.GraphModule:
     return copy
 
 
-def _needs_grad(example_inputs: Sequence[Any]) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs)
+def _needs_grad(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> bool:
+    enabled = torch.is_grad_enabled() or any(
+        node.target is torch._C._set_grad_enabled and node.args[0] is True for node in gm.graph.nodes
+    )
+    tensors = [*example_inputs, *gm.parameters()]
+    return enabled and any(isinstance(x, torch.Tensor) and x.requires_grad for x in tensors)
 
 
 def _raise_if_left(report: GraphReport) -> None:
@@ -132,27 +149,27 @@ def _raise_if_left(report: GraphReport) -> None:
     for site in report.sites:
         decision = site.decision
         if decision is not None and not decision.rewritten and decision.reason not in harmless:
-            assert decision.reason is not None
-            raise MMIError(
-                f"strict: attention {site.where or site.source} was not rewritten: {decision.reason.message}"
-                f" ({decision.detail}); {decision.reason.mend}"
-            )
+            assert decision.reason is not None, "what is left alone has a reason"
+            raise MMIError(f"strict: attention {site.where or site.source}: {decision}; {decision.reason.mend}")
 
 
 def _inner(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, mode: str | None) -> CompiledFn:
+    compiled: Any
     if callable(options.inner):
-        return options.inner(gm, example_inputs)
-    if options.inner == "eager":
-        return gm.forward
-    if options.inner == "aot_eager":
+        compiled = options.inner(gm, example_inputs)
+    elif options.inner == "eager":
+        compiled = gm.forward
+    elif options.inner == "aot_eager":
         from torch._dynamo.backends.debugging import aot_eager
 
-        return aot_eager(gm, example_inputs)
-    from torch._inductor import list_mode_options
-    from torch._inductor.compile_fx import compile_fx
+        compiled = aot_eager(gm, list(example_inputs))
+    else:
+        from torch._inductor import list_mode_options
+        from torch._inductor.compile_fx import compile_fx
 
-    patches = {**(list_mode_options(mode) if mode else {}), **(options.inductor or {})}
-    return compile_fx(gm, example_inputs, config_patches=patches or None)
+        patches = {**(list_mode_options(mode) if mode else {}), **(options.inductor or {})}
+        compiled = compile_fx(gm, example_inputs, config_patches=patches or None)
+    return cast("CompiledFn", compiled)
 
 
 def last_report() -> Report | None:

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from mmi_compile.passes.base import PassContext
-from mmi_compile.passes.nodes import argument, is_call, tensor_of
+from mmi_compile.passes.nodes import argument, is_call, node_argument, tensor_of
 
 SDPA = torch.nn.functional.scaled_dot_product_attention
 
@@ -39,7 +39,7 @@ class Canonicalize:
 
         scaled_dot_product_attention(q, k, v, None, 0.0, True)
         → scaled_dot_product_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=True, scale=None, …)
-        dropout(x, p=0.0, training=False), x.to(x.dtype)
+        dropout(x, p=0.1, training=False), dropout(x, p=0.0), x.to(x.dtype)
         → x
     """
 
@@ -49,32 +49,36 @@ class Canonicalize:
         for node in list(gm.graph.nodes):
             if is_call(node, _SDPA_FORMS):
                 _spell_out(node)
-            elif _returns_argument(node):
-                node.replace_all_uses_with(node.args[0])
+            elif (same := _identity_of(node)) is not None:
+                node.replace_all_uses_with(same)
                 gm.graph.erase_node(node)
 
 
+def sdpa_arguments(node: fx.Node) -> dict[str, Any]:
+    """The arguments of an SDPA call in any form, by name and with defaults filled in."""
+    return {name: argument(node, i, name, default) for i, (name, default) in enumerate(_SDPA_ARGUMENTS)}
+
+
 def _spell_out(node: fx.Node) -> None:
-    values = [argument(node, i, name, default) for i, (name, default) in enumerate(_SDPA_ARGUMENTS)]
+    arguments = sdpa_arguments(node)
     node.target = SDPA
-    node.args = tuple(values[:3])
-    node.kwargs = {name: value for (name, _), value in list(zip(_SDPA_ARGUMENTS, values, strict=True))[3:]}
+    node.args = tuple(arguments.pop(name) for name in ("query", "key", "value"))
+    node.kwargs = arguments
 
 
-def _returns_argument(node: fx.Node) -> bool:
-    """Provably the identity: an inactive dropout, or a conversion to the dtype and device that the tensor has."""
+def _identity_of(node: fx.Node) -> fx.Node | None:
+    """The argument that ``node`` provably returns as it is: the input of an inactive dropout, or of a conversion to
+    the dtype and device that the tensor has."""
     if is_call(node, _DROPOUT):
         training = argument(node, 2, "training" if node.target is _DROPOUT[0] else "train", True)
-        return (argument(node, 1, "p", 0.5) == 0 or training is False) and not node.kwargs.get("inplace", False)
+        inactive = argument(node, 1, "p", 0.5) == 0 or training is False
+        return node_argument(node, 0, "input") if inactive else None
     if is_call(node, methods=("to", "float", "half", "bfloat16", "double", "bool", "type_as")):
         if node.kwargs.get("copy") or node.kwargs.get("memory_format") or len(node.args) > 3:
-            return False
-        before, after = tensor_of(node.args[0]), tensor_of(node)
-        return (
-            before is not None
-            and after is not None
-            and before.dtype == after.dtype
-            and before.device == after.device
-            and before.stride() == after.stride()
-        )
-    return False
+            return None
+        source = node_argument(node, 0, "self")
+        before, after = tensor_of(source), tensor_of(node)
+        if before is None or after is None or before.dtype != after.dtype or before.device != after.device:
+            return None
+        return source if before.stride() == after.stride() else None
+    return None

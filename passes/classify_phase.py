@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import sympy
 import torch
 from torch import fx
+from torch.utils._triton import has_triton
 
 from mmi_compile.decision import Reason
 from mmi_compile.passes.base import AttentionSite, PassContext
@@ -34,7 +36,8 @@ class ClassifyPhase:
 
 def _classify(site: AttentionSite, context: PassContext) -> None:
     q, k, fact = tensor_of(site.q), tensor_of(site.k), site.mask_fact
-    assert q is not None and k is not None
+    assert q is not None, "find_attention closes sites without tensors"
+    assert k is not None, "find_attention closes sites without tensors"
     if fact is None:
         return site.leave(Reason.SKIPPED, "prove_mask")
     if isinstance(q.shape[2], int) and q.shape[2] == 1:
@@ -56,19 +59,35 @@ def _classify(site: AttentionSite, context: PassContext) -> None:
 
 
 def _check_kernel(site: AttentionSite, q: torch.Tensor) -> None:
-    v = tensor_of(site.v)
-    assert v is not None
+    k, v, out = tensor_of(site.k), tensor_of(site.v), tensor_of(site.node)
     dtypes = _DTYPES.get(q.device.type)
     if dtypes is None:
         return site.leave(Reason.DEVICE, q.device.type)
-    if q.dtype not in dtypes or v.dtype != q.dtype:
-        return site.leave(Reason.DTYPE, f"{str(q.dtype).removeprefix('torch.')} on {q.device.type}")
-    head_dim = q.shape[3]
-    if not isinstance(head_dim, int) or head_dim > MAX_HEAD_DIM or head_dim % 8 or v.shape[3] != head_dim:
-        return site.leave(Reason.HEAD_DIM, f"head dim {head_dim}, values {v.shape[3]}")
-    if q.device.type == "cuda" and not torch.utils._triton.has_triton():
+    if q.dtype not in dtypes:
+        return site.leave(Reason.DTYPE, f"{_name(q)} on {q.device.type}")
+    # Casts between the two products, or autocast, may make them differ; the kernel works in one dtype.
+    others = [tensor for tensor in (k, v, out) if tensor is not None]
+    if len(others) < 3 or any(tensor.dtype != q.dtype for tensor in others):
+        dtypes_seen = ", ".join(_name(tensor) for tensor in (q, *others))
+        return site.leave(Reason.DTYPE, f"q, k, v and the result are {dtypes_seen}: the kernel works in one dtype")
+    return _check_head_dim(site, q.shape[3], others[1].shape[3], q.device)
+
+
+def _check_head_dim(site: AttentionSite, head_dim: Any, v_dim: Any, device: torch.device) -> None:
+    # With ``dynamic=True`` Dynamo may make symbols of all sizes of an input. A model has one head dimension, so this
+    # takes it as the constant it is; Dynamo then guards it, as it does for what Inductor specialises.
+    sizes = [int(size) for size in (head_dim, v_dim) if isinstance(size, int) or size.node.has_hint()]
+    if len(sizes) < 2:
+        return site.leave(Reason.HEAD_DIM, f"head dim {head_dim} depends on data")
+    if not 0 < sizes[0] <= MAX_HEAD_DIM or sizes[0] % 8 or sizes[1] != sizes[0]:
+        return site.leave(Reason.HEAD_DIM, f"head dim {sizes[0]}, values {sizes[1]}")
+    if device.type == "cuda" and not has_triton():
         return site.leave(Reason.TRITON_MISSING)
     return None
+
+
+def _name(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _offset_is_usable(offset: sympy.Expr, q_len: object, kv_len: object) -> bool:

@@ -1,23 +1,24 @@
-"""The graph as a dataflow DAG: cones of ancestors, aliases and mutation."""
+"""The graph as a dataflow DAG: cones of ancestors, shared storage and mutation."""
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable
+from typing import TYPE_CHECKING, TypeAlias
 
 import networkx as nx
 import torch
 from torch import fx
 
-_INPLACE_OPERATORS = {
-    operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv,
-    operator.iand, operator.ior, operator.ixor, operator.ipow, operator.imod, operator.imatmul,
-}  # fmt: skip
+from mmi_compile.passes.mask_aliasing import changed
+from mmi_compile.passes.nodes import tensor_of
+
+if TYPE_CHECKING:
+    Dag: TypeAlias = nx.DiGraph[fx.Node]
 
 
-def digraph(graph: fx.Graph) -> nx.DiGraph:
+def digraph(graph: fx.Graph) -> Dag:
     """Nodes of ``graph``, with an edge from every value to each of its users."""
-    dag: nx.DiGraph = nx.DiGraph()
+    dag: Dag = nx.DiGraph()
     dag.add_nodes_from(graph.nodes)
     dag.add_edges_from((arg, node) for node in graph.nodes for arg in node.all_input_nodes)
     return dag
@@ -34,18 +35,8 @@ def cone(graph: fx.Graph, roots: Iterable[fx.Node]) -> set[fx.Node]:
 
 
 def mutates(node: fx.Node) -> bool:
-    """True when the node may write to one of its arguments, judged by PyTorch's naming rules."""
-    if node.op == "call_method":
-        name = str(node.target)
-        return name.endswith("_") and not name.endswith("__")
-    if node.op != "call_function":
-        return node.op == "call_module"
-    if node.kwargs.get("out") is not None or node.target in _INPLACE_OPERATORS or node.kwargs.get("inplace"):
-        return True
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.is_mutable
-    name = getattr(node.target, "__name__", "")
-    return name.endswith("_") and not name.endswith("__")
+    """True when the node may write to one of its arguments."""
+    return any(True for _ in changed(node))
 
 
 def is_pure(node: fx.Node) -> bool:
@@ -53,29 +44,56 @@ def is_pure(node: fx.Node) -> bool:
     return node.op in ("call_function", "call_method", "get_attr") and not mutates(node) and not node.is_impure()
 
 
-def alias_root(node: fx.Node) -> fx.Node:
-    """The tensor whose storage ``node`` may share, following first arguments: conservative, since copies count too."""
-    while node.op in ("call_function", "call_method") and node.args and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
-    return node
+def may_alias(a: fx.Node, b: fx.Node) -> bool:
+    """May two nodes share memory? The traced values say so; where Dynamo recorded none, the answer is yes."""
+    if a is b:
+        return True
+    left, right = _storages(a), _storages(b)
+    return left is None or right is None or not left.isdisjoint(right)
+
+
+def _storages(node: fx.Node) -> set[int] | None:
+    if not node.users and "example_value" not in node.meta:
+        return set()  # a statement such as ``x[0] = y``, or the output
+    value = node.meta.get("example_value")
+    parts = value if isinstance(value, (tuple, list)) else (value,)
+    found = set()
+    for part in parts:
+        if isinstance(part, torch.Tensor) and part.layout is torch.strided:
+            found.add(int(part.untyped_storage()._cdata))
+        elif not isinstance(part, (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)):
+            return None
+    return found
 
 
 def mutated_between(start: fx.Node, end: fx.Node, tensor: fx.Node) -> bool:
-    """May anything from ``start`` (exclusive) to ``end`` (exclusive) in graph order write to ``tensor``'s storage?"""
-    root = alias_root(tensor)
+    """May anything from ``start`` (exclusive) to ``end`` (exclusive) in graph order write to ``tensor``'s memory?"""
     node = start.next
     while node is not end and node.op != "root":
-        if mutates(node) and any(alias_root(arg) is root for arg in node.all_input_nodes):
+        if any(may_alias(target, tensor) for target in changed(node)):
             return True
         node = node.next
     return False
 
 
 def erase_dead(graph: fx.Graph, candidates: set[fx.Node]) -> int:
-    """Erase the pure nodes among ``candidates`` that nothing reads any more; return how many."""
+    """Erase the nodes among ``candidates`` that nothing reads any more and that write to nothing but memory that
+    only they see; return how many."""
     erased = 0
     for node in reversed(list(graph.nodes)):
-        if node in candidates and not node.users and is_pure(node):
+        if node in candidates and not node.users and (is_pure(node) or _writes_privately(node, candidates)):
             graph.erase_node(node)
             erased += 1
     return erased
+
+
+def _writes_privately(node: fx.Node, candidates: set[fx.Node]) -> bool:
+    """An unused in-place call whose memory came from a candidate and is read by its own predecessors only."""
+    targets = list(changed(node))
+    if not targets or node.op == "call_module" or any(tensor_of(target) is None for target in targets):
+        return False
+    shared = {other for other in node.graph.nodes if any(may_alias(other, t) for t in targets)} | {node}
+    return all(
+        other in candidates and other.op in ("call_function", "call_method") and shared.issuperset(other.users)
+        for other in shared
+    )

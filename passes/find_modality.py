@@ -10,9 +10,10 @@ from torch import fx
 
 from mmi_compile.kernels.ops import ANY_VISION
 from mmi_compile.passes.base import PassContext
-from mmi_compile.passes.nodes import argument, insert_call, is_call, tensor_of
+from mmi_compile.passes.nodes import argument, insert_call, is_call, node_argument, tensor_of
 
 _EQ = (operator.eq, torch.eq)
+_WIDENING = (operator.getitem, torch.unsqueeze)
 _INTEGERS = (torch.int32, torch.int64)
 
 
@@ -57,10 +58,11 @@ def _compared_ids(graph: fx.Graph) -> dict[str, fx.Node]:
     """Label → bool ``[B, S]`` mask ``input_ids == id`` of the tokens that stand for a modality."""
     found: dict[str, fx.Node] = {}
     comparisons = [n for n in graph.nodes if _compares_ids(n)]
-    embedded = {n.args[0] for n in comparisons if _becomes_embedding_mask(n)}
+    embedded = {node_argument(n, 0, "input") for n in comparisons if _becomes_embedding_mask(n)}
     for node in comparisons:
-        if node.args[0] in embedded and not any(is_call(u, (torch.ops.mmi.tag_modality.default,)) for u in node.users):
-            found.setdefault(_label(node, f"id {node.args[1]}"), node)
+        tagged = any(is_call(user, (torch.ops.mmi.tag_modality.default,)) for user in node.users)
+        if node_argument(node, 0, "input") in embedded and not tagged:
+            found.setdefault(_label(node, f"id {argument(node, 1, 'other')}"), node)
     return found
 
 
@@ -68,17 +70,19 @@ def _scattered_features(graph: fx.Graph) -> dict[str, fx.Node]:
     """Label → bool ``[B, S]`` mask of the tokens whose embeddings are replaced by features."""
     found: dict[str, fx.Node] = {}
     for node in graph.nodes:
-        if is_call(node, (torch.masked_scatter,), ("masked_scatter",)) and isinstance(node.args[1], fx.Node):
-            mask = _token_mask(node.args[1])
-            if mask is not None:
-                found.setdefault(_label(node.args[1], _label(node, ANY_VISION)), mask)
+        if not is_call(node, (torch.masked_scatter,), ("masked_scatter",)):
+            continue
+        placed = node_argument(node, 1, "mask")
+        mask = _token_mask(placed) if placed is not None else None
+        if placed is not None and mask is not None:
+            found.setdefault(_label(placed, _label(node, ANY_VISION)), mask)
     return found
 
 
 def _compares_ids(node: fx.Node) -> bool:
-    if not is_call(node, _EQ, ("eq", "__eq__")) or not isinstance(node.args[1], int):
+    if not is_call(node, _EQ, ("eq", "__eq__")) or not isinstance(argument(node, 1, "other"), int):
         return False
-    ids = tensor_of(node.args[0])
+    ids = tensor_of(node_argument(node, 0, "input"))
     return ids is not None and ids.dtype in _INTEGERS and ids.dim() == 2 and not _is_one(ids.shape[1])
 
 
@@ -98,8 +102,8 @@ def _token_mask(mask: fx.Node) -> fx.Node | None:
     """The ``[B, S]`` mask behind the ``[B, S, hidden]`` one that ``masked_scatter`` takes."""
     node = mask
     while is_call(node, (torch.unsqueeze,), ("unsqueeze", "expand", "expand_as", "to")):
-        parent = node.args[0]
-        if not isinstance(parent, fx.Node):
+        parent = node_argument(node, 0, "input")
+        if parent is None:
             return None
         node = parent
         tensor = tensor_of(node)
@@ -113,16 +117,19 @@ def _token_mask(mask: fx.Node) -> fx.Node | None:
 
 def _after(node: fx.Node) -> fx.Node:
     """The first node before which something that reads ``node`` may be inserted."""
-    if node.op != "placeholder":
-        return node.next
-    last = [n for n in node.graph.nodes if n.op == "placeholder"][-1]
-    return last.next
+    after: fx.Node = node.next
+    while after.op == "placeholder":
+        after = after.next
+    return after
 
 
 def _label(node: fx.Node, otherwise: str) -> str:
-    """Names carry no proof, but they make good labels."""
-    name = node.name.lower()
-    return next((word for word in ("image", "video", "audio") if word in name), otherwise)
+    """Names carry no proof, but they make good labels: the node's own, or that of a widened form of it."""
+    named = [node]
+    for known in named:
+        named += [user for user in known.users if is_call(user, _WIDENING, ("unsqueeze", "expand", "expand_as", "to"))]
+    names = " ".join(known.name.lower() for known in named)
+    return next((word for word in ("image", "video", "audio") if word in names), otherwise)
 
 
 def _tag(mask: fx.Node, label: str) -> None:
@@ -137,14 +144,21 @@ def _begin_prompt(graph: fx.Graph) -> bool:
     for node in graph.nodes:
         if not is_call(node, (torch.nn.functional.embedding, torch.embedding)):
             continue
-        ids = node.args[0] if node.target is torch.nn.functional.embedding else node.args[1]
+        position, name = (0, "input") if node.target is torch.nn.functional.embedding else (1, "indices")
+        ids = node_argument(node, position, name)
         tensor = tensor_of(ids)
-        if tensor is None or tensor.dim() != 2 or tensor.dtype not in _INTEGERS or _is_one(tensor.shape[1]):
+        if (
+            ids is None
+            or tensor is None
+            or tensor.dim() != 2
+            or tensor.dtype not in _INTEGERS
+            or _is_one(tensor.shape[1])
+        ):
             continue
         if is_call(ids, (torch.ops.mmi.begin_prompt.default,)):
             return False
         begun = insert_call(node, torch.ops.mmi.begin_prompt.default, ids)
-        node.replace_input_with(ids, begun)  # type: ignore[arg-type]
+        node.replace_input_with(ids, begun)
         return True
     return False
 

@@ -15,6 +15,7 @@ def value_of(node: Any) -> Any:
 
 
 def tensor_of(node: Any) -> torch.Tensor | None:
+    """The example value where it is a tensor; None for sizes, tuples and values Dynamo did not record."""
     value = value_of(node)
     return value if isinstance(value, torch.Tensor) else None
 
@@ -29,6 +30,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 def same_shape(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Are two shapes equal for every input? Adds no guard."""
     return a.dim() == b.dim() and all(same(x, y) for x, y in zip(a.shape, b.shape, strict=True))
 
 
@@ -46,6 +48,19 @@ def argument(node: fx.Node, position: int, name: str, default: Any = None) -> An
     if len(node.args) > position:
         return node.args[position]
     return node.kwargs.get(name, default)
+
+
+def node_argument(node: fx.Node, position: int, name: str) -> fx.Node | None:
+    """An argument of a call that is the value of another node; None where it is a constant or missing."""
+    value = argument(node, position, name)
+    return value if isinstance(value, fx.Node) else None
+
+
+def operands(node: fx.Node, *names: str) -> tuple[Any, ...] | None:
+    """The arguments called ``names`` of a call that has these and no others, however they were passed."""
+    if len(node.args) + len(node.kwargs) != len(names) or any(name not in names for name in node.kwargs):
+        return None
+    return tuple(argument(node, i, name) for i, name in enumerate(names))
 
 
 def insert_call(before: fx.Node, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:

@@ -14,7 +14,8 @@ from mmi_compile.kernels.ops import ABI
 from mmi_compile.passes.base import AttentionSite, PassContext
 from mmi_compile.passes.classify_phase import offset_is_suffix
 from mmi_compile.passes.dataflow import cone
-from mmi_compile.passes.nodes import insert_call, is_call, tensor_of
+from mmi_compile.passes.nodes import argument, insert_call, is_call, same, tensor_of
+
 
 @dataclass(frozen=True)
 class Rewrite:
@@ -30,9 +31,13 @@ class Rewrite:
 
     def run(self, gm: fx.GraphModule, context: PassContext) -> None:
         shared: dict[Any, fx.Node] = {}
-        for site in context.open_sites():
+        # In graph order: what layers share is inserted before the first of them.
+        position = {node: i for i, node in enumerate(gm.graph.nodes)}
+        for site in sorted(context.open_sites(), key=lambda site: position[site.node]):
             context.dead_candidates |= cone(gm.graph, [site.node])
+            old = site.node
             _rewrite(site, context, shared)
+            _follow(old, site.node, context)
             context.changed = True
 
 
@@ -55,6 +60,14 @@ def _rewrite(site: AttentionSite, context: PassContext, shared: dict[Any, fx.Nod
     site.node = new
 
 
+def _follow(old: fx.Node, new: fx.Node, context: PassContext) -> None:
+    """An attention may read another one's output directly: what was noted of it must not keep the old node alive."""
+    for site in context.open_sites():
+        for name in ("q", "k", "v"):
+            if getattr(site, name) is old:
+                setattr(site, name, new)
+
+
 def _once(shared: dict[Any, fx.Node], key: Any, before: fx.Node, target: Any, *args: Any) -> fx.Node:
     """What is equal for all layers is computed once per graph, before the first of them."""
     if key not in shared:
@@ -73,7 +86,9 @@ def _size(shared: dict[Any, fx.Node], node: fx.Node, dim: int, before: fx.Node) 
 
 def _offset(site: AttentionSite, shared: dict[Any, fx.Node]) -> int | fx.Node:
     fact, q, k = site.mask_fact, tensor_of(site.q), tensor_of(site.k)
-    assert fact is not None and q is not None and k is not None
+    assert fact is not None, "an open site has a proved mask"
+    assert q is not None, "find_attention closes sites without tensors"
+    assert k is not None, "find_attention closes sites without tensors"
     if fact.offset.is_Integer:
         return int(fact.offset)
     assert offset_is_suffix(fact.offset, q.shape[2], k.shape[2])
@@ -86,9 +101,9 @@ def _modality(site: AttentionSite, context: PassContext, shared: dict[Any, fx.No
     """One int8 ``[B, kv_len]`` tensor of modality ids for all layers of the graph."""
     fact = context.modality
     kv_len = _size(shared, site.k, 2, site.node)
-    key = ("modality", kv_len)
+    batch = _size(shared, site.q, 0, site.node)
+    key = ("modality", batch, kv_len)
     if key not in shared:
-        batch = _size(shared, site.q, 0, site.node)
         begun = [n for n in site.node.graph.nodes if is_call(n, (torch.ops.mmi.begin_prompt.default,))]
         shared[key] = insert_call(
             site.node, torch.ops.mmi.modality.default, site.q, fact.masks, ",".join(fact.labels),
@@ -107,6 +122,29 @@ def _scale(site: AttentionSite) -> Any:
 
 
 def _layout(node: fx.Node) -> str:
-    """Memory order of the output. ``[B, S, H, D]`` saves the copy that follows in nearly every model, but a reader
-    that calls ``view`` may count on the strides that the original call gave."""
-    return "bhsd" if any(is_call(user, methods=("view",)) for user in node.users) else "bshd"
+    """Memory order of the output. ``[B, S, H, D]`` saves the copy that follows in nearly every model; ``[B, H, S, D]``
+    is kept where the old output had it and something else than such a copy might count on it."""
+    old = tensor_of(node)
+    if old is None or _is_contiguous(old.transpose(1, 2)):
+        return "bshd"
+    return "bshd" if node.users and all(_is_swap_before_copy(user) for user in node.users) else "bhsd"
+
+
+def _is_contiguous(tensor: torch.Tensor) -> bool:
+    """Contiguous for every input; adds no guard."""
+    expected: Any = 1
+    for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
+        if not same(size, 1) and not same(stride, expected):
+            return False
+        expected = expected * size
+    return True
+
+
+def _is_swap_before_copy(node: fx.Node) -> bool:
+    if is_call(node, (torch.transpose,), ("transpose",)):
+        swaps = sorted(d % 4 for d in node.args[1:] if isinstance(d, int)) == [1, 2]
+    else:
+        order = argument(node, 1, "dims") if is_call(node, (torch.permute,), ("permute",)) else None
+        swaps = list(order if isinstance(order, (tuple, list)) else node.args[1:]) == [0, 2, 1, 3]
+    copies = ("contiguous", "reshape", "flatten")
+    return swaps and all(is_call(user, (torch.reshape, torch.flatten), copies) for user in node.users)

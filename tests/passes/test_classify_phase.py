@@ -1,0 +1,255 @@
+"""Every reason for leaving an attention alone, each from a program that a user could write."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmi_compile.backend import rewrite_graph
+from mmi_compile.decision import Reason
+from mmi_compile.options import Options
+from mmi_compile.passes.classify_phase import offset_is_suffix
+from mmi_compile.report import SiteReport
+from tests import harness
+
+N = 19
+EXACT = Options(policy="exact", inner="eager")
+
+
+def heads(n: int = N, dim: int = 8, count: int = 2, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(1, count, n, dim, generator=torch.Generator().manual_seed(n)).to(dtype)
+
+
+def captured(function: Callable[..., Any], *inputs: Tensor, dynamic: bool | None = False) -> torch.fx.GraphModule:
+    return harness.capture(function, *inputs, dynamic=dynamic, fullgraph=True).graphs[0]
+
+
+def site_of(function: Callable[..., Any], *inputs: Tensor, options: Options = EXACT, **arguments: Any) -> SiteReport:
+    gm = captured(function, *inputs)
+    result, report = rewrite_graph(gm, options, **arguments)
+    assert not report.failure, report.failure
+    (site,) = report.sites
+    if not site.decision.rewritten:
+        assert result is gm
+        assert site.decision.reason.mend
+    return site
+
+
+def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def masked(shift: int = 0, q_len: int = N, kv_len: int = N, extra: Callable[..., Tensor] | None = None) -> Any:
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        i, j = torch.arange(q_len)[:, None], torch.arange(kv_len)[None, :]
+        keep = j <= i + shift
+        if extra is not None:
+            keep = extra(keep, i, j)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=keep)
+
+    return function
+
+
+def eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    keep = torch.arange(N)[None, :] <= torch.arange(N)[:, None]
+    return torch.softmax((q @ k.mT).masked_fill(~keep, -math.inf), -1) @ v
+
+
+def test_prefill_is_rewritten():
+    site = site_of(causal, heads(), heads(), heads())
+    assert site.decision.rewritten
+    assert (site.phase, site.decision.reason) == ("prefill", None)
+
+
+@pytest.mark.parametrize("mask", ["none", "causal", "bool"])
+def test_one_query_token_is_a_decode_step(mask):
+    function = {
+        "none": lambda q, k, v: F.scaled_dot_product_attention(q, k, v),
+        "causal": causal,
+        "bool": masked(N - 1, q_len=1),
+    }[mask]
+    site = site_of(function, heads(1), heads(), heads())
+    assert (site.decision.reason, site.phase) == (Reason.DECODE, "decode")
+
+
+def test_attention_without_a_mask_is_bidirectional():
+    site = site_of(lambda q, k, v: F.scaled_dot_product_attention(q, k, v), heads(), heads(), heads())
+    assert (site.decision.reason, site.phase) == (Reason.BIDIRECTIONAL, "encoder")
+
+
+def test_a_padding_mask_alone_is_bidirectional():
+    def function(q, k, v, live):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=live[:, None, None, :])
+
+    site = site_of(function, heads(), heads(), heads(), torch.ones(1, N, dtype=torch.bool))
+    assert site.decision.reason is Reason.BIDIRECTIONAL
+
+
+UNKNOWN = {
+    "an input": lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, attn_mask=m),
+    "a bias": lambda q, k, v, m: torch.softmax(q @ k.mT + m.float() * 0.5, -1) @ v,
+    "data": lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, attn_mask=q @ k.mT > 0),
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_masks_that_are_not_proved(name):
+    site = site_of(UNKNOWN[name], heads(), heads(), heads(), torch.ones(N, N, dtype=torch.bool).tril())
+    assert (site.decision.reason, site.phase) == (Reason.UNKNOWN_MASK, "unclassified")
+    assert site.decision.detail
+
+
+@pytest.mark.parametrize("shift", [-1, -3])
+def test_rows_before_the_first_key_have_no_usable_offset(shift):
+    site = site_of(masked(shift), heads(), heads(), heads())
+    assert site.decision.reason is Reason.UNKNOWN_OFFSET
+    assert str(shift) in site.decision.detail
+
+
+@pytest.mark.parametrize(("q_len", "kv_len", "shift"), [(N, N + 5, 5), (N, N + 5, 0), (N, N + 5, 3), (N, 7, 0)])
+def test_constant_offsets_are_served(q_len, kv_len, shift):
+    site = site_of(masked(shift, q_len, kv_len), heads(q_len), heads(kv_len), heads(kv_len))
+    assert site.decision.rewritten
+
+
+@pytest.mark.parametrize("shift", [0, 2])
+def test_symbolic_offsets_are_served_where_the_rows_are_the_last_positions(shift):
+    def function(q, k, v):
+        n, m = q.shape[2], k.shape[2]
+        first = m - n if shift == 0 else m - n + 2
+        keep = torch.arange(m)[None, :] <= torch.arange(n)[:, None] + first
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=keep)
+
+    gm = captured(function, heads(), heads(30), heads(30), dynamic=True)
+    _, report = rewrite_graph(gm, EXACT)
+    assert report.sites[0].decision.reason is (Reason.UNKNOWN_OFFSET if shift else None)
+
+
+def test_offsets_are_compared_as_formulas():
+    import sympy
+
+    assert offset_is_suffix(sympy.Integer(3), 4, 7)
+    assert not offset_is_suffix(sympy.Integer(2), 4, 7)
+
+
+@pytest.mark.parametrize("form", ["sdpa", "eager"])
+def test_dropout_in_training(form):
+    def sdpa(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=0.25, is_causal=True)
+
+    def by_hand(q, k, v):
+        keep = torch.arange(N)[None, :] <= torch.arange(N)[:, None]
+        weights = torch.softmax((q @ k.mT).masked_fill(~keep, -math.inf), -1)
+        return F.dropout(weights, 0.25, training=True) @ v
+
+    site = site_of(sdpa if form == "sdpa" else by_hand, heads(), heads(), heads())
+    assert site.decision.reason is Reason.DROPOUT
+    assert "0.25" in site.decision.detail
+
+
+class Dropping(torch.nn.Module):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=0.5 if self.training else 0.0, is_causal=True)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_dropout_follows_the_mode_of_the_model(training):
+    site = site_of(Dropping().train(training), heads(), heads(), heads())
+    assert site.decision.reason is (Reason.DROPOUT if training else None)
+
+
+def test_gradients():
+    assert site_of(causal, heads(), heads(), heads(), needs_grad=True).decision.reason is Reason.GRAD_ENABLED
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_dtypes_with_a_kernel(dtype):
+    assert site_of(causal, *[heads(dtype=dtype)] * 3).decision.rewritten
+
+
+def test_casts_that_leave_more_than_one_dtype():
+    def function(q, k, v):
+        keep = torch.arange(N)[None, :] <= torch.arange(N)[:, None]
+        scores = q.double() @ k.double().mT
+        return torch.softmax(scores.masked_fill(~keep, -math.inf), -1).float() @ v
+
+    site = site_of(function, heads(), heads(), heads())
+    assert site.decision.reason is Reason.DTYPE
+    assert "float64" in site.decision.detail
+
+
+def test_autocast_that_changes_the_dtype():
+    def function(q, k, v):
+        with torch.autocast("cpu", torch.bfloat16):
+            return causal(q, k, v)
+
+    site = site_of(function, heads(), heads(), heads())
+    assert site.decision.reason is Reason.DTYPE
+    assert "bfloat16" in site.decision.detail
+
+
+@pytest.mark.parametrize("dim", [8, 80, 256])
+def test_head_dims_with_a_kernel(dim):
+    assert site_of(causal, *[heads(dim=dim)] * 3).decision.rewritten
+
+
+@pytest.mark.parametrize(("dim", "v_dim"), [(264, 264), (12, 12), (16, 8), (8, 16)])
+def test_head_dims_without_a_kernel(dim, v_dim):
+    site = site_of(causal, heads(dim=dim), heads(dim=dim), heads(dim=v_dim))
+    assert site.decision.reason is Reason.HEAD_DIM
+    assert str(dim) in site.decision.detail
+
+
+@pytest.mark.parametrize("form", ["sdpa", "eager"])
+def test_three_dimensions(form):
+    inputs = [heads()[0] for _ in range(3)]
+    assert site_of(causal if form == "sdpa" else eager, *inputs).decision.reason is Reason.SHAPE
+
+
+def test_weights_that_are_returned():
+    def function(q, k, v):
+        keep = torch.arange(N)[None, :] <= torch.arange(N)[:, None]
+        weights = torch.softmax((q @ k.mT).masked_fill(~keep, -math.inf), -1)
+        return weights @ v, weights
+
+    site = site_of(function, heads(), heads(), heads())
+    assert site.decision.reason is Reason.WEIGHTS_USED
+
+
+def test_a_device_without_a_kernel():
+    site = site_of(causal, *[heads().to("meta")] * 3)
+    assert site.decision.reason is Reason.DEVICE
+    assert site.decision.detail == "meta"
+
+
+@pytest.mark.parametrize("name", ["prove_mask", "rewrite"])
+def test_passes_that_were_skipped(name):
+    options = Options(policy="exact", inner="eager", skip_passes=(name,))
+    site = site_of(causal, heads(), heads(), heads(), options=options)
+    assert site.decision.reason is Reason.SKIPPED
+    assert site.decision.detail == name
+
+
+def test_the_first_reason_stands():
+    def function(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=0.5, is_causal=True)
+
+    site = site_of(function, *[heads(dim=12)] * 3, needs_grad=True)
+    assert site.decision.reason is Reason.DROPOUT
+
+
+def test_windows_of_symbolic_size_are_left_alone():
+    def function(q, k, v):
+        n = q.shape[2]
+        i, j = torch.arange(n)[:, None], torch.arange(n)[None, :]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=(j <= i) & (i - j < n // 2))
+
+    gm = captured(function, heads(), heads(), heads(), dynamic=True)
+    _, report = rewrite_graph(gm, EXACT)
+    assert report.sites[0].decision.reason is Reason.UNKNOWN_MASK
