@@ -16,6 +16,7 @@ import json
 import statistics
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -141,8 +142,8 @@ def main() -> None:
         torch.cuda.empty_cache()
     print_table(rows, args)
     if args.json:
-        with open(args.json, "w") as file:
-            json.dump({"device": torch.cuda.get_device_name(), "tokens": args.tokens, "rows": rows}, file, indent=1)
+        figures = {"device": torch.cuda.get_device_name(), "tokens": args.tokens, "rows": rows}
+        Path(args.json).write_text(json.dumps(figures, indent=1))
 
 
 def print_table(rows: dict[str, dict[str, float]], args: argparse.Namespace) -> None:

@@ -31,8 +31,11 @@ def plant(model: nn.Module, structures: Sequence[str] = STRUCTURES, local: slice
     """Give the heads of every layer of ``model`` one of ``structures`` in turn, by key/value group.
 
     Args:
-        model: a decoder with ``layers[i].self_attn.{q,k,v,o}_proj`` and rotary embeddings; query and key projections
-X    """
+        model: a decoder with ``layers[i].self_attn.{q,k,v,o}_proj`` and rotary embeddings, whose query and key
+        projections have biases. Structure ``n`` looks for its mark in feature ``n`` of the hidden state.
+    local: the rotary frequencies that local heads compare, as indices below half the head dimension; by default
+        those that tell a few hundred tokens apart. With M-RoPE the first section is time.
+    """
     config = model.config
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     dim = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -97,8 +100,11 @@ def mark(embeddings: Tensor, vertical: int = 400, stride: int = 256, seed: int =
 
 @torch.no_grad()
 def mark_tokens(embedding: nn.Embedding, tokens: dict[str, int]) -> None:
-    """Mark token ids instead: ``tokens`` maps a structure's name to the id that carries its mark."""
-    scale = embedding.weight.float().std().item() * MARK
+    """Mark token ids instead: ``tokens`` maps a structure's name to the id that carries its mark.
+
+    Embeddings get unit size first: transformers initialises them so small that a layer's output would drown the marks.
+    """
+    embedding.weight.div_(embedding.weight.float().std())
     embedding.weight[:, : len(STRUCTURES)] = 0
     for structure, token in tokens.items():
-        embedding.weight[token, STRUCTURES.index(structure)] = scale
+        embedding.weight[token, STRUCTURES.index(structure)] = MARK

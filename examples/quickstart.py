@@ -80,7 +80,9 @@ def build_inputs(clips: int) -> dict[str, torch.Tensor]:
 def language_model_inputs(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
     """What the vision-language model hands to its language model."""
     seen: list[dict[str, Any]] = []
-    hook = model.model.language_model.register_forward_pre_hook(lambda _, __, kwargs: seen.append(kwargs), with_kwargs=True)
+    hook = model.model.language_model.register_forward_pre_hook(
+        lambda _, __, kwargs: seen.append(kwargs), with_kwargs=True
+    )
     with torch.inference_mode():
         model(**inputs, logits_to_keep=1)
     hook.remove()

@@ -88,7 +88,7 @@ class HeadChoice:
 
 
 def _describe(pattern: int, recall: float, density: float, window: int, columns: int, slashes: int, stride: int) -> str:
-    parts = [] if pattern == DENSE else [f"window {window}"]
+    parts = [] if pattern == DENSE else [f"window {window}" if window > 1 else "own tile"]
     if columns:
         parts.append(f"{columns} columns" + (f" (stride {stride})" if stride else ""))
     if slashes:

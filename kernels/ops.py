@@ -32,8 +32,11 @@ never mistaken for one of this."""
 ANY_VISION = "vision"
 """Label of a mask whose tokens are known to hold features, but not of which kind."""
 
+_HOST_CODE = (torch.Tag.cudagraph_unsafe,)
+"""All operators run host code (records, choices by length) that the replay of a CUDA graph would leave out."""
 
-@torch.library.custom_op("mmi::attention", mutates_args=())
+
+@torch.library.custom_op("mmi::attention", mutates_args=(), tags=_HOST_CODE)
 def attention(
     q: Tensor,
     k: Tensor,
@@ -60,7 +63,8 @@ def attention(
 
     Args:
         q: ``[B, HQ, q_len, D]``; k, v: ``[B, HKV, kv_len, D]``, HQ a multiple of HKV; any strides.
-        key_padding: ``[B, kv_len]``, non-zero where the key is live; key_bounds: what ``mmi::key_bounds`` says of it.
+        key_padding: ``[B, keys]``, non-zero where the key is live; keys beyond ``kv_len`` are ignored.
+        key_bounds: what ``mmi::key_bounds`` says of ``key_padding``.
         modality: int8 ``[B, kv_len]``.
         scale: factor on the scores.
         max_density: adaptive heads that would compute a larger share of the pairs stay dense.
@@ -72,7 +76,8 @@ def attention(
         ``[B, HQ, q_len, D]`` in q's dtype. Rows that may see no key are zero.
 
     Raises:
-        MMIError: the graph was rewritten by an incompatible version.
+        MMIError: the graph was rewritten by an incompatible version, or ``key_padding`` has not one row per batch
+            element or too few keys.
     """
     if abi != ABI:
         raise MMIError(f"this graph was rewritten for operators of version {abi}, these have {ABI}; compile it again")
@@ -112,10 +117,11 @@ def _geometry(
     kv_len = min(k.shape[2], q.shape[2] + q_offset)
     start = stop = holes = None
     if key_padding is not None:
+        _check_padding(key_padding, q.shape[0], kv_len)
         if key_bounds is None:
             key_bounds = key_bounds_of(key_padding)
         begins, ends, broken = key_bounds.unbind(1)
-        ends = ends.clamp(max=kv_len)
+        begins, ends = begins.clamp(max=kv_len), ends.clamp(max=kv_len)
         if bool((begins > 0).any()) or bool((ends < kv_len).any()) or bool(broken.any()):
             start, stop = (x.to(torch.int32).to(q.device, non_blocking=True) for x in (begins, ends))
         if bool(broken.any()):
@@ -126,7 +132,16 @@ def _geometry(
     )  # fmt: skip
 
 
-@torch.library.custom_op("mmi::key_bounds", mutates_args=())
+def _check_padding(key_padding: Tensor, batch: int, kv_len: int) -> None:
+    shape = tuple(key_padding.shape)
+    if len(shape) != 2 or shape[0] != batch or shape[1] < kv_len:
+        raise MMIError(
+            f"the attention mask has shape {shape}, and this attention needs ({batch}, {kv_len}) or more keys;"
+            " pass a mask with one row per batch element and one entry per token, past ones included"
+        )
+
+
+@torch.library.custom_op("mmi::key_bounds", mutates_args=(), tags=_HOST_CODE)
 def key_bounds_of(key_padding: Tensor) -> Tensor:
     """First live key, one past the last, and whether dead keys lie between: int32 ``[B, 3]`` on the host.
 
@@ -150,11 +165,11 @@ def _(key_padding: Tensor) -> Tensor:
     return torch.empty(key_padding.shape[0], 3, dtype=torch.int32, device="cpu")
 
 
-@torch.library.custom_op("mmi::modality", mutates_args=())
+@torch.library.custom_op("mmi::modality", mutates_args=(), tags=_HOST_CODE)
 def modality_of(
     like: Tensor, masks: list[Tensor], labels: str, after: Tensor | None, batch: int, tokens: int, graph_key: str
 ) -> Tensor:
-    """Modality ids of a prompt, int8 ``[batch, tokens]`` on the device of ``like``: 0 text, 1 image, 2 video, …
+    """Modality ids of a prompt, int8 ``[batch, tokens]`` on the device of ``like``: 0 text, 1 image, 2 video and so on.
 
     What a user gave by hand comes first, then ``masks`` (bool ``[B, S]``, named by the comma-separated ``labels``) of
     the same graph, then what a hook or an earlier graph recorded for this forward. A mask that only knows that its
@@ -175,7 +190,7 @@ def modality_of(
         names = dict(zip(record.label_ids(words), words, strict=True))
     if ids is None:
         ids = torch.zeros(batch, tokens, dtype=torch.int8, device=like.device)
-    runtime.record_modality(graph_key, runtime.ModalityRun(source, ids, names))
+    runtime.record_modality(graph_key, runtime.ModalityRun(source, ids.clone(), names))
     return ids
 
 
@@ -186,7 +201,7 @@ def _(
     return torch.empty(batch, tokens, dtype=torch.int8, device=like.device)
 
 
-@torch.library.custom_op("mmi::tag_modality", mutates_args=())
+@torch.library.custom_op("mmi::tag_modality", mutates_args=(), tags=_HOST_CODE)
 def tag_modality(mask: Tensor, label: str) -> Tensor:
     """Return ``mask`` (bool ``[B, S]``) unchanged and record it under ``label``. It is an operator with a result, since
     one without would be removed as dead code."""
@@ -199,7 +214,7 @@ def _(mask: Tensor, label: str) -> Tensor:
     return torch.empty_like(mask)
 
 
-@torch.library.custom_op("mmi::begin_prompt", mutates_args=())
+@torch.library.custom_op("mmi::begin_prompt", mutates_args=(), tags=_HOST_CODE)
 def begin_prompt(ids: Tensor) -> Tensor:
     """Return the prompt's token ids ``[B, S]`` unchanged and begin a new modality record."""
     record.begin_prompt()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import inspect
+import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -67,15 +69,34 @@ def explain(model: nn.Module, *args: Any, options: Mapping[str, Any] | None = No
         return compile_graph(gm, example_inputs, chosen, None, graphs.append)
 
     prompt = PromptHook(model).read(args, kwargs)
-    with torch.no_grad(), record.hooked(prompt), _uncompiled(model):
-        torch.compile(model, backend=observing)(*args, **kwargs)
+    with torch.no_grad(), record.hooked(prompt), _uncompiled(model), _unlimited():
+        torch.compile(model, backend=observing, **_ISOLATED)(*args, **kwargs)
     return Report(graphs)
+
+
+_ISOLATED: dict[str, Any] = (
+    {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
+)
+"""Keeps what explain compiles out of the count after which Dynamo gives up compiling the user's own model."""
+
+
+def _unlimited() -> AbstractContextManager[None]:
+    """Explain every time: at its limit of recompilations, Dynamo would silently run the model uncompiled."""
+    patched: AbstractContextManager[None] = torch._dynamo.config.patch(
+        recompile_limit=sys.maxsize, accumulated_recompile_limit=sys.maxsize
+    )
+    return patched
+
+
+_COMPILE_MARK = "_is_torch_compile"
+"""An attribute that torch.compile sets on the module it is given."""
 
 
 @contextmanager
 def _uncompiled(model: nn.Module) -> Iterator[None]:
     """Let Dynamo see through parts that ``module.compile()`` has replaced."""
     compiled = {m: m._compiled_call_impl for m in model.modules() if m._compiled_call_impl is not None}
+    marked = _COMPILE_MARK in vars(model)
     try:
         for module in compiled:
             module._compiled_call_impl = None
@@ -83,3 +104,5 @@ def _uncompiled(model: nn.Module) -> Iterator[None]:
     finally:
         for module, call in compiled.items():
             module._compiled_call_impl = call
+        if not marked:
+            vars(model).pop(_COMPILE_MARK, None)

@@ -11,7 +11,6 @@ from mmi_compile import record
 from mmi_compile.record import LABELS, Record
 
 _HANDLES = "_mmi_prompt_hook"
-_TYPE_ARGUMENTS = ("mm_token_type_ids", "token_type_ids")
 _ID_ATTRIBUTES = ("{}_token_id", "{}_token_index")
 
 
@@ -38,27 +37,36 @@ class PromptHook:
 
     @torch.compiler.disable
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        record.push_hooked(self.read(args, kwargs))
+        found = self.read(args, kwargs)
+        found.owner = self
+        record.push_hooked(found)
 
     @torch.compiler.disable
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        record.pop_hooked()
+        record.pop_hooked(self)
 
     def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Record:
-        """The record of one call: from token types where the processor gives them, else from the config's token ids."""
+        """The record of one call: from the processor's modality ids, else from the config's token ids, else from
+        ``token_type_ids``, which are modalities in some families and halves of the prompt in others."""
         ids = kwargs.get("input_ids", args[0] if args else None)
         if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point():
             return Record("the prompt has no input_ids")
-        for name in _TYPE_ARGUMENTS:
-            types = kwargs.get(name)
-            if isinstance(types, Tensor) and types.shape == ids.shape:
-                return Record(name, ids=types.clamp(0, record.MAX_MODALITIES - 1).to(torch.int8))
+        given = _token_types("mm_token_type_ids", ids, kwargs)
+        if given is not None:
+            return given
         if not self._ids:
-            return Record("the config names no image or video token")
+            return _token_types("token_type_ids", ids, kwargs) or Record("the config names no image or video token")
         merged = torch.zeros(ids.shape, dtype=torch.int8, device=ids.device)
         for label, token in self._ids.items():
             merged = merged.masked_fill(ids == token, LABELS.index(label))
         return Record("input_ids and config", ids=merged)
+
+
+def _token_types(name: str, ids: Tensor, kwargs: dict[str, Any]) -> Record | None:
+    types = kwargs.get(name)
+    if not isinstance(types, Tensor) or types.shape != ids.shape:
+        return None
+    return Record(name, ids=types.clamp(0, record.MAX_MODALITIES - 1).to(torch.int8))
 
 
 def token_ids(config: Any) -> dict[str, int]:

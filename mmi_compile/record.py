@@ -24,21 +24,23 @@ LABELS = ("text", "image", "video", "audio")
 MAX_MODALITIES = 16
 
 
-@dataclass
+@dataclass(eq=False)
 class Record:
-    """The modality of every token of one prompt.
+    """The modality of every token of one prompt. Two records are equal only when they are the same one.
 
     Attributes:
         source: who recorded it, for the report.
         ids: integer ``[B, S]`` given whole, or None when it is put together from ``masks``.
         masks: label → bool ``[B, S]``, as tagged by compiled graphs.
         readers: keys of the graphs that have read it.
+        owner: the hook that made it, which alone may end it.
     """
 
     source: str
     ids: Tensor | None = None
     masks: dict[str, Tensor] = field(default_factory=dict)
     readers: set[str] = field(default_factory=set)
+    owner: object = None
 
 
 class _State(threading.local):
@@ -77,17 +79,28 @@ def hooked(record: Record) -> Iterator[None]:
     try:
         yield
     finally:
-        pop_hooked()
+        if record in _state.hooked:
+            del _state.hooked[_state.hooked.index(record) :]
+        _forget_tagged()
 
 
 def push_hooked(record: Record) -> None:
-    """Begin a forward hook's record; every push is paired with a :func:`pop_hooked`."""
+    """Begin a forward hook's record. Every push is paired with a :func:`pop_hooked` by the record's owner."""
+    _forget_tagged()
     _state.hooked.append(record)
 
 
-def pop_hooked() -> None:
-    if _state.hooked:
+def pop_hooked(owner: object) -> None:
+    """End the innermost record if it is ``owner``'s: one whose hook never got to run is not there to be ended."""
+    if _state.hooked and _state.hooked[-1].owner is owner:
         _state.hooked.pop()
+    _forget_tagged()
+
+
+def _forget_tagged() -> None:
+    """Outside all hooked forwards, what compiled graphs recorded belongs to a forward that is over."""
+    if not _state.hooked:
+        _state.tagged = None
 
 
 def checked_ids(ids: Tensor) -> Tensor:
@@ -129,9 +142,7 @@ def read(reader: str, batch: int, tokens: int, device: torch.device) -> tuple[Te
     return ids, "; ".join(filter(None, [source if ids is not None or not notes else "", notes]))
 
 
-def _fitting(
-    records: Sequence[Record], batch: int, tokens: int, device: torch.device
-) -> tuple[Tensor | None, str]:
+def _fitting(records: Sequence[Record], batch: int, tokens: int, device: torch.device) -> tuple[Tensor | None, str]:
     notes: list[str] = []
     for record in records:
         if record.ids is None:

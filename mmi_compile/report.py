@@ -83,6 +83,7 @@ class GraphReport:
     seconds: dict[str, float] = field(default_factory=dict)
     failure: str = ""
     current_pass: str = ""
+    trace: list[tuple[str, str]] = field(default_factory=list)
 
     def observe(self, event: str, name: str, gm: fx.GraphModule, context: PassContext) -> None:
         """Pipeline observer: remembers which pass runs and how long each took."""
@@ -91,6 +92,9 @@ class GraphReport:
             self.seconds[name] = -time.perf_counter()
         else:
             self.seconds[name] += time.perf_counter()
+            if self.options.dump is not None:
+                gm.recompile()
+                self.trace.append((name, _readable(gm)))
 
     def finish(self, context: PassContext, gm: fx.GraphModule) -> None:
         """Take over what the passes found; ``gm`` is the graph that will be compiled."""
@@ -118,15 +122,14 @@ class GraphReport:
 
     def code(self, *, before: bool = False) -> str:
         """The graph that was compiled (or, with ``before``, the one Dynamo captured) as Python code."""
-        gm = self.original if before or self.rewritten is None else self.rewritten
-        return str(gm.print_readable(print_output=False, include_stride=False, colored=False))
+        return _readable(self.original if before or self.rewritten is None else self.rewritten)
 
     def dump(self, folder: str | Path) -> None:
-        """Write the graph before and after as Python text into ``folder``."""
-        path = Path(folder)
+        """Write the captured graph, and the graph after every pass, as Python text into ``folder/<graph key>/``."""
+        path = Path(folder) / self.key
         path.mkdir(parents=True, exist_ok=True)
-        (path / f"{self.key}.before.py").write_text(self.code(before=True))
-        (path / f"{self.key}.after.py").write_text(self.code())
+        for number, (name, text) in enumerate([("captured", self.code(before=True)), *self.trace]):
+            (path / f"{number:02d}_{name}.py").write_text(text)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -140,6 +143,10 @@ class GraphReport:
             "seconds": {name: round(value, 6) for name, value in self.seconds.items()},
             "failure": self.failure,
         }  # fmt: skip
+
+
+def _readable(gm: fx.GraphModule) -> str:
+    return str(gm.print_readable(print_output=False, include_stride=False, colored=False))
 
 
 @dataclass(frozen=True)
@@ -172,9 +179,7 @@ class Report:
 
     def code(self, *, before: bool = False) -> str:
         """The rewritten FX graphs (or, with ``before``, the captured ones) that hold attention, as Python code."""
-        return "\n\n".join(
-            f"# graph {graph.key}\n{graph.code(before=before)}" for graph in self.graphs if graph.sites
-        )
+        return "\n\n".join(f"# graph {graph.key}\n{graph.code(before=before)}" for graph in self.graphs if graph.sites)
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able dict; ``schema`` is raised with every incompatible change."""
@@ -270,11 +275,13 @@ _lock = threading.Lock()
 
 
 def remember(graph: GraphReport) -> None:
+    """Keep the report of a graph that is being compiled; the oldest of very many are dropped."""
     with _lock:
         _remembered.append(graph)
 
 
 def remembered() -> list[GraphReport]:
+    """Reports of the graphs compiled so far, newest last."""
     with _lock:
         return list(_remembered)
 

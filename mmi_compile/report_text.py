@@ -31,8 +31,8 @@ def render(report: Report) -> str:
 
 def _graph(graph: GraphReport) -> list[str]:
     rewritten = any(_done(site) for site in graph.sites)
-    nodes = f"{graph.nodes_before} → {graph.nodes_after} nodes" if rewritten else f"{graph.nodes_before} nodes, untouched"
-    lines = [f"graph {graph.key} · {nodes}"]
+    change = f"→ {graph.nodes_after} nodes" if rewritten else "nodes, untouched"
+    lines = [f"graph {graph.key} · {graph.nodes_before} {change}"]
     if graph.failure:
         lines += _wrap("failed", graph.failure)
     if rewritten:

@@ -47,6 +47,7 @@ _modality: dict[str, ModalityRun] = {}
 
 
 def record_attention(key: str, run: AttentionRun) -> None:
+    """Note the latest run of the attention called ``key``, and count it."""
     with _lock:
         before = _attention.get(key)
         if before is not None:
@@ -55,15 +56,18 @@ def record_attention(key: str, run: AttentionRun) -> None:
 
 
 def record_modality(graph_key: str, run: ModalityRun) -> None:
+    """Note the prompt that the graph called ``graph_key`` ran on."""
     with _lock:
         _modality[graph_key] = run
 
 
 def attention_run(key: str) -> AttentionRun | None:
+    """The latest run of the attention called ``key``; None when it has not run."""
     return _attention.get(key)
 
 
 def modality_run(graph_key: str) -> ModalityRun | None:
+    """The latest prompt of the graph called ``graph_key``; None when it has not run."""
     return _modality.get(graph_key)
 
 

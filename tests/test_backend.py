@@ -232,7 +232,7 @@ def test_dynamo_may_restart_its_analysis():
     with pytest.raises(RestartAnalysis):
         compile_graph(gm, [heads()], Options(policy="exact", inner=restart), None, seen.append)
     assert len(calls) == 1
-    assert seen[0].failure == ""
+    assert seen == []  # Dynamo compiles the frame again, and that is what counts
 
 
 def biased(q: Tensor, bias: Tensor) -> Tensor:
@@ -394,8 +394,10 @@ def test_graphs_without_attention_are_not_dumped(tmp_path):
 def test_the_key_of_a_graph_does_not_depend_on_the_process():
     first, second = (harness.capture(causal, heads()).graphs[0] for _ in range(2))
     other = harness.capture(masked, heads()).graphs[0]
-    assert graph_key(first) == graph_key(second) != graph_key(other)
-    assert len(graph_key(first)) == 12
+    exact, adaptive = Options(policy="exact"), Options(policy="adaptive")
+    assert graph_key(first, exact) == graph_key(second, exact) != graph_key(other, exact)
+    assert graph_key(first, exact) != graph_key(first, adaptive)
+    assert len(graph_key(first, exact)) == 12
 
 
 def test_the_report_covers_all_graphs():

@@ -1,0 +1,66 @@
+"""Which path serves a call, and what is noted about it."""
+
+from __future__ import annotations
+
+import torch
+
+from mmi_compile import runtime
+from mmi_compile.kernels import dispatch
+from mmi_compile.kernels.geometry import Geometry
+
+
+def run(tokens: int, *, policy: str = "adaptive", min_tokens: int = 0, max_density: float = 0.5):
+    random = torch.Generator().manual_seed(0)
+    q = torch.randn(1, 4, tokens, 16, generator=random)
+    k, v = (torch.randn(1, 2, tokens, 16, generator=random) for _ in range(2))
+    # Keys near the row and the first one weigh most: structure that a pattern can hold.
+    position = torch.arange(tokens) / 16
+    q[..., 0], q[..., 1] = 12 * position.cos(), 12 * position.sin()
+    k[..., 0], k[..., 1] = 12 * position.cos(), 12 * position.sin()
+    geometry = Geometry(batch=1, q_heads=4, kv_heads=2, q_len=tokens, kv_len=tokens)
+    return dispatch.attention(
+        q, k, v, geometry, 0.25, lambda: torch.full_like(q, torch.nan), policy=policy, recall=0.9,
+        max_density=max_density, min_tokens=min_tokens,
+    )  # fmt: skip
+
+
+def test_exact_is_dense():
+    out, ran = run(300, policy="exact")
+    assert ran.path == "dense (policy exact)"
+    assert ran.density == 1.0
+    assert ran.choice is None
+    assert out.isfinite().all()
+
+
+def test_short_prompts_are_dense_and_say_so():
+    _, ran = run(300, min_tokens=301)
+    assert ran.path == "dense (300 tokens < min_tokens 301)"
+    _, ran = run(300, min_tokens=300)
+    assert ran.path == "tile-sparse PyTorch"
+
+
+def test_adaptive_notes_choice_and_density():
+    out, ran = run(1024)
+    assert out.isfinite().all()
+    assert (ran.q_len, ran.kv_len) == (1024, 1024)
+    assert ran.density.shape == (1, 4)
+    assert ((ran.density > 0) & (ran.density <= 1)).all()
+    (heads,) = ran.choice.describe()
+    assert len(heads) == 4
+
+
+def test_no_tokens_fill_the_output_with_zeros():
+    out, ran = run(0)
+    assert out.shape == (1, 4, 0, 16)
+    assert ran.path == "nothing to attend to"
+
+
+def test_runs_are_counted_per_attention():
+    runtime.forget()
+    for _ in range(3):
+        runtime.record_attention("a", runtime.AttentionRun(5, 5, "dense"))
+    runtime.record_attention("b", runtime.AttentionRun(5, 5, "dense"))
+    counts = [run.calls if (run := runtime.attention_run(key)) else None for key in ("a", "b", "c")]
+    assert counts == [3, 1, None]
+    runtime.forget()
+    assert runtime.attention_run("a") is None
