@@ -1,6 +1,6 @@
 """Compile a small video-language model, see what happens to its attention, and time it. Runs on a CPU in a minute.
 
-    python examples/quickstart.py              # about 8 K tokens of text and video
+    python examples/quickstart.py              # about 8 K tokens of text and video; 128 K on a GPU
     python examples/quickstart.py --clips 60   # longer
     python examples/quickstart.py --code       # also print the rewritten FX graph
 
@@ -24,7 +24,8 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 import mmi_compile
 
 VIDEO, CLIP_START, CLIP_END, NOTE = 500, 501, 502, 503
-GRID = 32  # patches per side of a frame; 2 × 2 of them become one token
+SIZES = {"cpu": (31, 32), "cuda": (124, 64)}
+"""Clips, and patches per side of a frame (2 × 2 of them become one token), by device."""
 
 
 def build_model() -> Any:
@@ -54,7 +55,7 @@ def build_model() -> Any:
     return model
 
 
-def build_inputs(clips: int) -> dict[str, torch.Tensor]:
+def build_inputs(clips: int, side: int) -> dict[str, torch.Tensor]:
     """A prompt of ``clips`` clips of two frames, each after its time stamp, with a note now and then."""
     generator = torch.Generator().manual_seed(0)
 
@@ -63,7 +64,7 @@ def build_inputs(clips: int) -> dict[str, torch.Tensor]:
 
     ids = words(20)
     for clip in range(clips):
-        ids += [*words(6), CLIP_START, *[VIDEO] * (GRID // 2) ** 2, CLIP_END]
+        ids += [*words(6), CLIP_START, *[VIDEO] * (side // 2) ** 2, CLIP_END]
         if clip % 5 == 2:
             ids += [*words(4), NOTE, NOTE, *words(4)]
     ids += words(40)
@@ -72,8 +73,8 @@ def build_inputs(clips: int) -> dict[str, torch.Tensor]:
         "input_ids": input_ids,
         "attention_mask": torch.ones_like(input_ids),
         "mm_token_type_ids": torch.where(input_ids == VIDEO, 2, 0),
-        "pixel_values_videos": torch.randn(clips * GRID * GRID, 3 * 2 * 4 * 4, generator=generator),
-        "video_grid_thw": torch.tensor([[1, GRID, GRID]] * clips),
+        "pixel_values_videos": torch.randn(clips * side * side, 3 * 2 * 4 * 4, generator=generator),
+        "video_grid_thw": torch.tensor([[1, side, side]] * clips),
     }
 
 
@@ -112,7 +113,7 @@ def synchronize() -> None:
 def main() -> None:
     """Explain, then compare dense, exact and adaptive side by side."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clips", type=int, default=31, help="clips of two frames, 264 tokens each")
+    parser.add_argument("--clips", type=int, help="clips of two frames (31 on a CPU, 124 larger ones on a GPU)")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--code", action="store_true", help="print the rewritten FX graph")
     parser.add_argument("--inner", default="inductor" if shutil.which("g++") else "eager")
@@ -120,12 +121,13 @@ def main() -> None:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    clips, side = args.clips or SIZES[device][0], SIZES[device][1]
     inputs = {
         name: x.to(device, dtype) if x.is_floating_point() else x.to(device)
-        for name, x in build_inputs(args.clips).items()
+        for name, x in build_inputs(clips, side).items()
     }
     tokens = inputs["input_ids"].shape[1]
-    print(f"a prompt of {tokens} tokens, {args.clips} clips of video, on {device} in {str(dtype)[6:]}\n")
+    print(f"a prompt of {tokens} tokens, {clips} clips of video, on {device} in {str(dtype)[6:]}\n")
 
     report = mmi_compile.explain(build_model().to(device, dtype), **inputs)
     print(report)

@@ -14,6 +14,10 @@ from mmi_compile.kernels.plan import Plan
 from mmi_compile.kernels.planner import TileShape
 from mmi_compile.runtime import AttentionRun
 
+DENSE_BELOW = {"cpu": 4096, "cuda": 49152}
+"""Tokens below which dense attention is faster than probe, plan and sparse kernel together, by device type. On one H100
+(28 heads, head dim 128) probe and plan took 18 ms at any length, as long as dense attention over about 40 K tokens."""
+
 RunPlan = Callable[[Tensor, Tensor, Tensor, Plan, float, "Tensor | None"], Tensor]
 
 CPU_TILES = TileShape(128, 64)
@@ -38,13 +42,16 @@ def attention(
     Args:
         q: ``[B, HQ, q_len, D]``; k, v: ``[B, HKV, kv_len, D]`` with ``kv_len == geometry.kv_len``.
         new_output: makes the tensor that our own kernels write to. Fused kernels of PyTorch make their own.
-        policy, recall, max_density, min_tokens: as for ``mmi::attention``.
+        policy, recall, max_density, min_tokens: as for ``mmi::attention``; a negative ``min_tokens`` is that of the
+            device.
     """
     run = AttentionRun(q_len=geometry.q_len, kv_len=geometry.kv_len, path="")
     if not q.numel() or not k.numel():
         run.path = "nothing to attend to"
         return new_output().zero_(), run
     tiles, kernel, name = _kernel_for(q)
+    if min_tokens < 0:
+        min_tokens = DENSE_BELOW.get(q.device.type, 0)
     why_dense = _why_dense(geometry, policy, min_tokens)
     if why_dense:
         run.path = f"dense ({why_dense})"

@@ -68,7 +68,7 @@ def attention(
         modality: int8 ``[B, kv_len]``.
         scale: factor on the scores.
         max_density: adaptive heads that would compute a larger share of the pairs stay dense.
-        min_tokens: below this many keys every head stays dense.
+        min_tokens: below this many keys every head stays dense; negative for the device's own number.
         layout: memory order of the output, ``"bshd"`` or ``"bhsd"``.
         key: names this attention in reports; abi: must be this module's ``ABI``.
 

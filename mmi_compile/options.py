@@ -81,6 +81,15 @@ def _number(kind: type[int] | type[float], accepts: str, inside: Callable[[Any],
     return _Kind(kind.__name__, accepts, check, kind)
 
 
+def _or_none(kind: _Kind, otherwise: str) -> _Kind:
+    """``kind`` or None, which means ``otherwise``; text from the environment is always a value."""
+
+    def check(value: Any) -> Any:
+        return None if value is None else kind.check(value)
+
+    return _Kind(f"{kind.type_name} | None", f"{kind.accepts} or None ({otherwise})", check, kind.parse)
+
+
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
 
@@ -180,10 +189,10 @@ class Options:
             "Share of the attention's probability mass that a sparse head must keep; a head that cannot stays dense.",
         ),
     )
-    min_tokens: int = field(
-        default=4096,
+    min_tokens: int | None = field(
+        default=None,
         metadata=_about(
-            _number(int, "an integer >= 0", lambda x: x >= 0),
+            _or_none(_number(int, "an integer >= 0", lambda x: x >= 0), "4096 on a CPU, 49152 on a GPU"),
             "Prompts with fewer tokens are computed densely.",
         ),
     )

@@ -11,6 +11,7 @@ from torch import fx
 
 from mmi_compile.decision import Decision
 from mmi_compile.kernels.ops import ABI
+from mmi_compile.options import Options
 from mmi_compile.passes.base import AttentionSite, PassContext
 from mmi_compile.passes.classify_phase import offset_is_suffix
 from mmi_compile.passes.dataflow import cone
@@ -53,7 +54,7 @@ def _rewrite(site: AttentionSite, context: PassContext, shared: dict[Any, fx.Nod
     new = insert_call(
         node, torch.ops.mmi.attention.default, site.q, site.k, site.v, padding, bounds, modality,
         _scale(site), offset, 0 if fact.window is None else int(fact.window), options.policy,
-        float(options.recall), float(options.max_density), options.min_tokens, _layout(node), site.key, ABI,
+        float(options.recall), float(options.max_density), _min_tokens(options), _layout(node), site.key, ABI,
     )  # fmt: skip
     site.decision = Decision(rewritten=True, what=f"mmi::attention, {site.pattern}, {fact}")
     node.replace_all_uses_with(new)
@@ -66,6 +67,10 @@ def _follow(old: fx.Node, new: fx.Node, context: PassContext) -> None:
         for name in ("q", "k", "v"):
             if getattr(site, name) is old:
                 setattr(site, name, new)
+
+
+def _min_tokens(options: Options) -> int:
+    return -1 if options.min_tokens is None else options.min_tokens
 
 
 def _once(shared: dict[Any, fx.Node], key: Any, before: fx.Node, target: Any, *args: Any) -> fx.Node:

@@ -32,7 +32,7 @@ def test_defaults_need_nothing_from_outside():
     assert options == Options()
     assert options.policy == "adaptive"
     assert options.recall == 0.95
-    assert options.min_tokens == 4096
+    assert options.min_tokens is None
     assert options.inner == "inductor"
     assert options.strict is False
 
@@ -190,7 +190,7 @@ def test_malformed_environment_names_variable_value_and_range(name, text, accept
 def test_explicit_beats_environment_beats_default():
     environ = {"MMI_RECALL": "0.8", "MMI_POLICY": "exact"}
     options = Options.from_mapping({"recall": 0.7}, environ=environ)
-    assert (options.recall, options.policy, options.min_tokens) == (0.7, "exact", 4096)
+    assert (options.recall, options.policy, options.min_tokens) == (0.7, "exact", None)
 
 
 def test_an_overridden_variable_is_not_read():

@@ -6,6 +6,7 @@ import torch
 
 from mmi_compile import runtime
 from mmi_compile.kernels import dispatch
+from mmi_compile.kernels.dispatch import DENSE_BELOW
 from mmi_compile.kernels.geometry import Geometry
 
 
@@ -35,6 +36,8 @@ def test_exact_is_dense():
 def test_short_prompts_are_dense_and_say_so():
     _, ran = run(300, min_tokens=301)
     assert ran.path == "dense (300 tokens < min_tokens 301)"
+    _, ran = run(300, min_tokens=-1)
+    assert ran.path == f"dense (300 tokens < min_tokens {DENSE_BELOW['cpu']})"
     _, ran = run(300, min_tokens=300)
     assert ran.path == "tile-sparse PyTorch"
 

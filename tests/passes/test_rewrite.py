@@ -68,7 +68,7 @@ def test_the_example_of_the_docstring():
     assert given["modality"].target is OPS.modality.default
     assert given["scale"] == pytest.approx(8**-0.5)
     assert (given["q_offset"], given["window"], given["abi"]) == (0, 0, ABI)
-    assert (given["policy"], given["recall"], given["min_tokens"]) == ("exact", 0.95, 4096)
+    assert (given["policy"], given["recall"], given["min_tokens"]) == ("exact", 0.95, -1)
     assert given["key"] == report.sites[0].key == f"{report.key}/0"
     assert {node.op for node in gm.graph.nodes} == {"placeholder", "call_function", "output"}
     assert len([n for n in gm.graph.nodes if n.op == "call_function"]) == 3
