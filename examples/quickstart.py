@@ -24,21 +24,21 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 import mmi_compile
 
 VIDEO, CLIP_START, CLIP_END, NOTE = 500, 501, 502, 503
-SIZES = {"cpu": (31, 32), "cuda": (124, 64)}
-"""Clips, and patches per side of a frame (2 × 2 of them become one token), by device."""
+SIZES = {"cpu": (31, 32, 6), "cuda": (124, 64, 24)}
+"""Clips, patches per side of a frame (2 × 2 of them become one token), and attention heads, by device."""
 
 
-def build_model() -> Any:
-    """A two-layer Qwen2.5-VL with planted attention."""
+def build_model(heads: int) -> Any:
+    """A two-layer Qwen2.5-VL with planted attention, half as many key/value heads as query heads, 64 wide each."""
     config = Qwen2_5_VLConfig(
         text_config={
-            "vocab_size": 512, "hidden_size": 384, "intermediate_size": 768, "num_hidden_layers": 2,
-            "num_attention_heads": 6, "num_key_value_heads": 3, "max_position_embeddings": 1 << 17,
+            "vocab_size": 512, "hidden_size": 64 * heads, "intermediate_size": 128 * heads, "num_hidden_layers": 2,
+            "num_attention_heads": heads, "num_key_value_heads": heads // 2, "max_position_embeddings": 1 << 17,
             "rope_parameters": {"rope_type": "default", "mrope_section": [8, 12, 12], "rope_theta": 1e6},
             "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
         },
         vision_config={
-            "depth": 1, "hidden_size": 32, "out_hidden_size": 384, "intermediate_size": 64, "num_heads": 2,
+            "depth": 1, "hidden_size": 32, "out_hidden_size": 64 * heads, "intermediate_size": 64, "num_heads": 2,
             "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 32,
             "fullatt_block_indexes": [0], "tokens_per_second": 2,
         },
@@ -121,7 +121,8 @@ def main() -> None:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    clips, side = args.clips or SIZES[device][0], SIZES[device][1]
+    clips, side, heads = SIZES[device]
+    clips = args.clips or clips
     inputs = {
         name: x.to(device, dtype) if x.is_floating_point() else x.to(device)
         for name, x in build_inputs(clips, side).items()
@@ -129,15 +130,15 @@ def main() -> None:
     tokens = inputs["input_ids"].shape[1]
     print(f"a prompt of {tokens} tokens, {clips} clips of video, on {device} in {str(dtype)[6:]}\n")
 
-    report = mmi_compile.explain(build_model().to(device, dtype), **inputs)
+    report = mmi_compile.explain(build_model(heads).to(device, dtype), **inputs)
     print(report)
     if args.code:
         print(report.code())
 
     rows = {}
-    prompt = language_model_inputs(build_model().to(device, dtype), inputs)
+    prompt = language_model_inputs(build_model(heads).to(device, dtype), inputs)
     for name in ("dense", "exact", "adaptive"):
-        model = build_model().to(device, dtype)
+        model = build_model(heads).to(device, dtype)
         if name != "dense":
             mmi_compile.compile(model, policy=name, inner=args.inner)
         rows[name] = prefill(model.model.language_model, prompt, args.repeats)

@@ -14,9 +14,11 @@ from mmi_compile.kernels.plan import Plan
 from mmi_compile.kernels.planner import TileShape
 from mmi_compile.runtime import AttentionRun
 
-DENSE_BELOW = {"cpu": 4096, "cuda": 49152}
-"""Tokens below which dense attention is faster than probe, plan and sparse kernel together, by device type. On one H100
-(28 heads, head dim 128) probe and plan took 18 ms at any length, as long as dense attention over about 40 K tokens."""
+CPU_DENSE_BELOW = 4096
+"""Tokens below which dense attention on a CPU is as fast as probe, plan and sparse kernel together."""
+GPU_DENSE_BELOW = 25e12
+"""The same on a GPU, in floating-point operations of the dense attention: on one H100 probe and plan took 18 ms for 28
+heads at 128 K tokens, mostly the launches of their many small kernels, and dense attention ran at 0.58e15 a second."""
 
 RunPlan = Callable[[Tensor, Tensor, Tensor, Plan, float, "Tensor | None"], Tensor]
 
@@ -42,17 +44,15 @@ def attention(
     Args:
         q: ``[B, HQ, q_len, D]``; k, v: ``[B, HKV, kv_len, D]`` with ``kv_len == geometry.kv_len``.
         new_output: makes the tensor that our own kernels write to. Fused kernels of PyTorch make their own.
-        policy, recall, max_density, min_tokens: as for ``mmi::attention``; a negative ``min_tokens`` is that of the
-            device.
+        policy, recall, max_density, min_tokens: as for ``mmi::attention``; with a negative ``min_tokens`` the device
+            and the amount of work decide.
     """
     run = AttentionRun(q_len=geometry.q_len, kv_len=geometry.kv_len, path="")
     if not q.numel() or not k.numel():
         run.path = "nothing to attend to"
         return new_output().zero_(), run
     tiles, kernel, name = _kernel_for(q)
-    if min_tokens < 0:
-        min_tokens = DENSE_BELOW.get(q.device.type, 0)
-    why_dense = _why_dense(geometry, policy, min_tokens)
+    why_dense = _why_dense(q, geometry, policy, min_tokens)
     if why_dense:
         run.path = f"dense ({why_dense})"
 
@@ -65,12 +65,23 @@ def attention(
     return kernel(q, k, v, plan, scale, new_output()), run
 
 
-def _why_dense(geometry: Geometry, policy: str, min_tokens: int) -> str:
+def _why_dense(q: Tensor, geometry: Geometry, policy: str, min_tokens: int) -> str:
     if policy == "exact":
         return "policy exact"
-    if geometry.kv_len < min_tokens:
-        return f"{geometry.kv_len} tokens < min_tokens {min_tokens}"
-    return ""
+    if min_tokens < 0 and q.device.type == "cuda":
+        work = dense_flop(geometry, q.shape[3])
+        return (
+            f"{work:.1e} FLOP < {GPU_DENSE_BELOW:.1e}, too little for a plan to pay" if work < GPU_DENSE_BELOW else ""
+        )
+    least = CPU_DENSE_BELOW if min_tokens < 0 else min_tokens
+    return f"{geometry.kv_len} tokens < min_tokens {least}" if geometry.kv_len < least else ""
+
+
+def dense_flop(geometry: Geometry, head_dim: int) -> float:
+    """Floating-point operations of dense causal attention: ``4 · D`` a pair, over all heads and batch elements."""
+    g = geometry
+    pairs = g.q_len * (g.q_offset + (g.q_len + 1) / 2)
+    return 4.0 * head_dim * pairs * g.q_heads * g.batch
 
 
 def _kernel_for(q: Tensor) -> tuple[TileShape, RunPlan, str]:

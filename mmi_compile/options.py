@@ -192,7 +192,9 @@ class Options:
     min_tokens: int | None = field(
         default=None,
         metadata=_about(
-            _or_none(_number(int, "an integer >= 0", lambda x: x >= 0), "4096 on a CPU, 49152 on a GPU"),
+            _or_none(
+                _number(int, "an integer >= 0", lambda x: x >= 0), "4096 on a CPU; by the amount of work on a GPU"
+            ),
             "Prompts with fewer tokens are computed densely.",
         ),
     )

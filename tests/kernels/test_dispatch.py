@@ -6,7 +6,7 @@ import torch
 
 from mmi_compile import runtime
 from mmi_compile.kernels import dispatch
-from mmi_compile.kernels.dispatch import DENSE_BELOW
+from mmi_compile.kernels.dispatch import CPU_DENSE_BELOW, dense_flop
 from mmi_compile.kernels.geometry import Geometry
 
 
@@ -37,7 +37,7 @@ def test_short_prompts_are_dense_and_say_so():
     _, ran = run(300, min_tokens=301)
     assert ran.path == "dense (300 tokens < min_tokens 301)"
     _, ran = run(300, min_tokens=-1)
-    assert ran.path == f"dense (300 tokens < min_tokens {DENSE_BELOW['cpu']})"
+    assert ran.path == f"dense (300 tokens < min_tokens {CPU_DENSE_BELOW})"
     _, ran = run(300, min_tokens=300)
     assert ran.path == "tile-sparse PyTorch"
 
@@ -67,3 +67,10 @@ def test_runs_are_counted_per_attention():
     assert counts == [3, 1, None]
     runtime.forget()
     assert runtime.attention_run("a") is None
+
+
+def test_work_of_dense_attention_is_that_of_its_pairs():
+    whole = Geometry(batch=2, q_heads=4, kv_heads=2, q_len=10, kv_len=10)
+    assert dense_flop(whole, 16) == 4 * 16 * int(whole.to_mask().sum()) * 4
+    chunk = Geometry(batch=1, q_heads=1, kv_heads=1, q_len=3, kv_len=10, q_offset=7)
+    assert dense_flop(chunk, 1) == 4 * int(chunk.to_mask().sum())
