@@ -18,6 +18,10 @@ class Reason(Enum):
         "the meaning of its mask could not be proved",
         "express the mask as causal, sliding window and padding terms, or pass is_causal=True",
     )
+    MUTATED = (
+        "something changes one of its operands in place while it is computed",
+        "write the changed values to a new tensor, such as masked_fill instead of masked_fill_",
+    )
     UNKNOWN_OFFSET = (
         "the position of its first query row could not be proved",
         "use a DynamicCache, or prefill a StaticCache from its start",

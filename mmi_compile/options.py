@@ -212,7 +212,9 @@ class Options:
     strict: bool = field(
         default=False,
         metadata=_about(
-            _flag(), "Raise where a pass failed, instead of compiling the untouched graph.", shapes_code=False
+            _flag(),
+            "Raise where a pass failed or a causal attention is left alone, instead of running it untouched.",
+            shapes_code=False,
         ),
     )
     dump: Path | None = field(

@@ -146,7 +146,7 @@ def _check_stable(site: AttentionSite, path: list[fx.Node]) -> None:
     node = path[0].next
     while node is not site.node:
         if node not in path and any(may_alias(target, w) for target in changed(node) for w in watched):
-            return site.leave(Reason.UNKNOWN_MASK, f"{node.name} changes an operand in place")
+            return site.leave(Reason.MUTATED, node.name)
         node = node.next
     return None
 

@@ -93,3 +93,9 @@ def test_constraints_name_versions_only():
         assert (
             not line or line.startswith("#") or re.fullmatch(r'[\w-]+==[\w.]+(; python_version [<>]=? "3\.\d+")?', line)
         )
+
+
+def test_readme_lists_the_options_as_the_code_has_them():
+    from mmi_compile.options import options_table
+
+    assert options_table().strip() in (ROOT / "README.md").read_text()

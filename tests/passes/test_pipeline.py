@@ -233,7 +233,7 @@ def test_operands_written_between_the_two_products_are_refused(hazard):
 
     _, report = check_function(function, heads(0, 4), heads(1, 4), heads(2, 4))
     assert report.sites[0].decision.reason is Reason.UNKNOWN_MASK
-    assert "in place" in report.sites[0].decision.detail
+    assert report.sites[0].decision.reason is Reason.MUTATED
 
 
 def test_values_written_between_the_two_products_are_read_as_they_are():
