@@ -16,8 +16,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any, ClassVar, TypeAlias
+
+from mmi_compile._suggest import did_you_mean
 
 
 def _require(pattern: str, field: str, value: object, least: int) -> None:
@@ -131,11 +132,6 @@ Pattern: TypeAlias = Dense | AShape | TriShape | VerticalSlash | Grid
 _KINDS: dict[str, type[Pattern]] = {kind.name: kind for kind in (Dense, AShape, TriShape, VerticalSlash, Grid)}
 
 
-def _nearest(word: str, known: list[str]) -> str:
-    close = get_close_matches(word, known, 1)
-    return f'did you mean "{close[0]}"?' if close else f"known: {', '.join(known)}"
-
-
 def from_json(data: Mapping[str, Any]) -> Pattern:
     """The pattern that ``to_json`` wrote.
 
@@ -146,12 +142,12 @@ def from_json(data: Mapping[str, Any]) -> Pattern:
     options = dict(data)
     name = options.pop("pattern", None)
     if not isinstance(name, str) or name not in _KINDS:
-        raise ValueError(f"unknown pattern {name!r}; {_nearest(str(name), list(_KINDS))}")
+        raise ValueError(f"unknown pattern {name!r}{did_you_mean(str(name), _KINDS)}")
     fields = dataclasses.fields(_KINDS[name])
     known = [field.name for field in fields]
     for key in options:
         if key not in known:
-            raise ValueError(f'unknown option "{key}" for pattern {name}; {_nearest(key, known)}')
+            raise ValueError(f'unknown option "{key}" for pattern {name}{did_you_mean(key, known)}')
     missing = [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in options]
     if missing:
         raise ValueError(f"pattern {name} lacks {', '.join(missing)}; add it to the entry")

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from mmi_compile.decision import MMIError
 
-TEXT = 0
 LABELS = ("text", "image", "video", "audio")
 """Names of the first modality ids; a label outside this list gets the next free id of its record."""
 MAX_MODALITIES = 16

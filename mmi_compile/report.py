@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from mmi_compile.passes.base import PassContext
 
 SCHEMA_VERSION = 1
-_MAX_RUNS_SHOWN = 12
 
 
 @dataclass(frozen=True)
