@@ -1,13 +1,15 @@
 """Tile-sparse attention in plain PyTorch for CPU tensors: what a plan runs as where there is no GPU.
 
-Each query tile makes two matrix products over only the keys it visits: runs of listed blocks and columns are copied
-once into a small buffer, the window is a slice of K and V. Heads of one group whose tiles agree share the products.
+Each query tile makes two matrix products over only the keys it visits: runs of sink and listed blocks and columns are
+copied once into a small buffer, the window is a slice of K and V. Heads of one group whose tiles agree share the
+products.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -39,10 +41,11 @@ def attention_cpu(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, out
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
     for b in range(g.batch):
         live = _live_range(g, b)
+        records = [[_Tile(*tile) for tile in head] for head in plan.tiles[b].tolist()]
         for kv_head in range(g.kv_heads):
             keys = k[b, kv_head].to(work).contiguous()
             values = v[b, kv_head].to(work).contiguous()
-            run = _GroupRun(plan, b, keys, values, scale, live)
+            run = _GroupRun(plan, b, keys, values, scale, live, records)
             run.attend(q[b], out[b], range(kv_head * g.group, (kv_head + 1) * g.group))
     return out
 
@@ -53,9 +56,22 @@ def _live_range(geometry: Geometry, b: int) -> tuple[int, int]:
     return start, min(stop, geometry.kv_len)
 
 
+class _Tile(NamedTuple):
+    """``TileRecord`` of one tile on the host."""
+
+    window_start: int
+    sink_start: int
+    sink_stop: int
+    num_blocks: int
+    list_start: int
+    list_base: int
+    num_columns: int
+    bits_start: int
+
+
 @dataclass(frozen=True)
 class _Visit:
-    """The keys of one tile: merged runs of listed blocks, window ``start ... stop - 1`` and a number of columns."""
+    """The keys of one tile: merged runs of sink and listed blocks, window ``start ... stop - 1``, number of columns."""
 
     runs: tuple[tuple[int, int], ...]
     start: int
@@ -73,6 +89,7 @@ class _GroupRun:
     values: Tensor
     scale: float
     live: tuple[int, int]
+    records: list[list[_Tile]]
 
     def attend(self, q: Tensor, out: Tensor, heads: range) -> None:
         """Fill ``out[heads]`` from ``q[heads]`` (both ``[HQ, q_len, D]``), tile by tile."""
@@ -80,16 +97,11 @@ class _GroupRun:
         remaining = [h for h in heads if not self._plain(q, out, h)]
         if not remaining:
             return
-        starts = plan.window_start[self.b].tolist()
-        counts = plan.num_blocks[self.b].tolist()
-        columns = plan.num_columns[self.b].tolist()
-        buffers = {h: self._column_buffer(h) for h in remaining if max(columns[h])}
+        buffers = {h: self._column_buffer(h) for h in remaining if any(r.num_columns for r in self.records[h])}
         for tile in range(plan.query_tiles):
             by_visit: dict[tuple[_Visit, int], list[int]] = {}
             for h in remaining:
-                low, high = self._positions(h, tile)
-                listed = plan.block_indices[self.b, h, tile, : counts[h][tile]].tolist() if counts[h][tile] else []
-                visit = self._visit(listed, starts[h][tile], columns[h][tile], low, high)
+                visit = self._visit(self.records[h][tile], *self._positions(h, tile))
                 # Rows and columns differ from head to head, so only tiles without either can be shared.
                 alone = h if visit.columns or plan.row_order is not None else -1
                 by_visit.setdefault((visit, alone), []).append(h)
@@ -101,7 +113,7 @@ class _GroupRun:
         """Run a head that is dense throughout as one fused call, when the mask is plainly causal."""
         g = self.plan.geometry
         padded = g.kv_start is not None or g.kv_stop is not None or g.key_padding is not None
-        if padded or g.window or g.q_offset or g.q_len != g.kv_len or bool(self.plan.window_start[self.b, h].any()):
+        if padded or g.window or g.q_offset or g.q_len != g.kv_len or any(r.window_start for r in self.records[h]):
             return False
         rows = q[h].to(self.keys.dtype)[None, None]
         fused = F.scaled_dot_product_attention(
@@ -129,14 +141,21 @@ class _GroupRun:
             return rows.start + offset, rows.stop - 1 + offset
         return (int(rows.min()) + offset, int(rows.max()) + offset) if rows.numel() else (0, -1)
 
-    def _visit(self, listed: list[int], window_start: int, columns: int, low: int, high: int) -> _Visit:
+    def _blocks(self, record: _Tile) -> Iterator[int]:
+        """Sink and listed blocks, ascending."""
+        yield from range(record.sink_start, record.sink_stop)
+        if record.num_blocks:
+            entries = self.plan.lists[record.list_start : record.list_start + record.num_blocks]
+            yield from (entries + record.list_base).tolist()
+
+    def _visit(self, record: _Tile, low: int, high: int) -> _Visit:
         """Clip everything to the live keys that some row of the tile can see."""
         g, bn = self.plan.geometry, self.plan.block_n
         first, last = self.live
         if g.window:
             first = max(first, low - g.window + 1)
         runs: list[tuple[int, int]] = []
-        for block in listed:
+        for block in self._blocks(record):
             start, stop = max(block * bn, first), min((block + 1) * bn, last)
             if start >= stop:
                 continue
@@ -144,7 +163,8 @@ class _GroupRun:
                 runs[-1] = (runs[-1][0], stop)
             else:
                 runs.append((start, stop))
-        return _Visit(tuple(runs), max(window_start * bn, first), min(high + 1, last, g.kv_len), columns)
+        stop = min(high + 1, last, g.kv_len)
+        return _Visit(tuple(runs), max(record.window_start * bn, first), stop, record.num_columns)
 
     def _tile(
         self,
@@ -178,9 +198,10 @@ class _GroupRun:
         far = [torch.arange(start, stop) for start, stop in visit.runs]
         if visit.columns and buffer is not None:
             index, keys, values = (part[: visit.columns] for part in buffer)
-            if visit.runs and self.plan.block_bits is not None:
+            record = self.records[h][tile]
+            if record.num_blocks and self.plan.list_bits is not None:
                 # A column inside a listed block belongs to the block.
-                own = self._outside_blocks(h, tile, index)
+                own = self._outside_blocks(record, self.plan.list_bits, index)
                 index, keys, values = index[own], keys[own], values[own]
             key_parts.append(keys)
             value_parts.append(values)
@@ -191,11 +212,10 @@ class _GroupRun:
         value_parts.append(self.values[window])
         return torch.cat(key_parts), torch.cat(value_parts), torch.cat(far)
 
-    def _outside_blocks(self, h: int, tile: int, index: Tensor) -> Tensor:
-        assert self.plan.block_bits is not None
-        block = index // self.plan.block_n
-        words = self.plan.block_bits[self.b, h, tile][block // 32]
-        return (words.bitwise_right_shift((block % 32).int()) & 1) == 0
+    def _outside_blocks(self, record: _Tile, bits: Tensor, index: Tensor) -> Tensor:
+        away = (index // self.plan.block_n - record.list_base).abs()
+        words = bits[record.bits_start + away // 32]
+        return (words.bitwise_right_shift((away % 32).int()) & 1) == 0
 
     def _hide(self, scores: Tensor, rows: slice | Tensor, visit: _Visit, far: Tensor) -> bool:
         """Mask what the model hides, only where it can hide anything; True when a row may have nothing left."""

@@ -44,6 +44,18 @@ class Geometry:
         """Query heads per key/value head."""
         return self.q_heads // self.kv_heads
 
+    def live_keys(self, device: torch.device | str) -> Tensor | None:
+        """The keys that padding leaves alive, bool ``[B, kv_len]``; None when all of them are."""
+        live = None if self.key_padding is None else self.key_padding.to(device)
+        j = torch.arange(self.kv_len, device=device)
+        if self.kv_start is not None:
+            inside = j >= self.kv_start.to(device)[:, None]
+            live = inside if live is None else live & inside
+        if self.kv_stop is not None:
+            inside = j < self.kv_stop.to(device)[:, None]
+            live = inside if live is None else live & inside
+        return live
+
     def to_mask(self, device: torch.device | str = "cpu") -> Tensor:
         """The model's mask, bool ``[B, q_len, kv_len]``: quadratic, for the reference and for tests."""
         i = torch.arange(self.q_len, device=device)[:, None] + self.q_offset
@@ -52,9 +64,5 @@ class Geometry:
         if self.window:
             allowed = allowed & (i - j < self.window)
         mask = allowed.expand(self.batch, -1, -1)
-        if self.kv_start is not None and self.kv_stop is not None:
-            live = (j >= self.kv_start[:, None].to(device)) & (j < self.kv_stop[:, None].to(device))
-            mask = mask & live[:, None, :]
-        if self.key_padding is not None:
-            mask = mask & self.key_padding[:, None, :].to(device)
-        return mask
+        live = self.live_keys(device)
+        return mask if live is None else mask & live[:, None, :]

@@ -2,110 +2,32 @@
 
 1. ``estimate_rules``: each head's pattern, and what the probe says about it, become ``HeadRules``: one form for all
    patterns, in tokens. It is the exact meaning of a pattern on one input.
-2. ``lower_rules``: rules become the tiles of a ``Plan``: local windows become ``window_start``, sinks and diagonals
-   listed blocks, key lines columns, query lines a row order with dense tiles.
+2. ``lower_rules``: rules become the tiles of a ``Plan``: local windows become ``window_start``, sinks a run of blocks,
+   diagonals one list of block offsets per head, key lines columns, query lines a row order with dense tiles.
 
 The law (section 2 of the design): ``rules and model mask <= plan.to_mask() <= model mask``, every live row non-empty.
+All heads go through the same few dozen small tensor operations, since on a GPU each of them is a launch.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from mmi_compile.kernels.frames import TileFrame, TileShape, constant, has_padding, ramp, remembered, tile_frame
 from mmi_compile.kernels.geometry import Geometry
-from mmi_compile.kernels.patterns import Dense, Grid, Pattern, TriShape, VerticalSlash
-from mmi_compile.kernels.plan import Plan
-from mmi_compile.kernels.probe import last_live_position, run_probe
+from mmi_compile.kernels.patterns import Pattern
+from mmi_compile.kernels.plan import Plan, TileRecord
+from mmi_compile.kernels.rules import HeadRules, estimate_rules
 
-MIN_STRIDE = 16
-"""Smallest stride that is estimated: below it a grid keeps more than 1/16 of all keys and is no longer sparse."""
-
-FORCED_COLUMNS, FORCED_DISTANCES = 30, 100
-"""First columns and nearest diagonals that vertical-slash always keeps (MInference), as far as its counts allow."""
-
-MAX_LISTED = 512
-"""Key blocks a tile may list; a tile that needs more becomes dense."""
-
-FOURIER_CHUNK = 32 << 20
-"""Values that are Fourier transformed at a time."""
-
-LIST_CHUNK = 32 << 20
-"""Entries of block lists that are filled at a time (8 bytes each while they are)."""
-
-
-@dataclass(frozen=True)
-class TileShape:
-    """Query rows and keys in one tile of the kernel, both in tokens."""
-
-    block_m: int
-    block_n: int
-
-    def __post_init__(self) -> None:
-        for field in ("block_m", "block_n"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"TileShape: {field} is {getattr(self, field)}; give 1 or more")
-
-
-@dataclass(frozen=True)
-class HeadRules:
-    """What every head keeps, in tokens, before the model's own mask is met.
-
-    Pair ``(i, j)`` of head ``h`` is kept when ``j`` is one of the first ``sink`` keys from the first live one, or
-    ``i - j < local``, or ``columns[j]``, or ``distances[i - j]``, or row ``i`` is one of the ``last`` live rows, or
-    ``query_lines[i]``.
-
-    Attributes:
-        sink, local, last: int64 ``[B, HQ]``; sink_cap: the largest sink.
-        columns: bool ``[B, HQ, kv_len]`` or None; column_cap: the most columns a head can have.
-        distances: bool ``[B, HQ, q_len + q_offset]`` or None; distance_cap: the most diagonals a head can have.
-        query_lines: bool ``[B, HQ, q_len]`` or None; line_gap: fewest rows from one query line to the next.
-    """
-
-    sink: Tensor
-    local: Tensor
-    last: Tensor
-    columns: Tensor | None = None
-    distances: Tensor | None = None
-    query_lines: Tensor | None = None
-    sink_cap: int = 0
-    column_cap: int = 0
-    distance_cap: int = 0
-    line_gap: int = 1
-
-    def to_mask(self, geometry: Geometry) -> Tensor:
-        """The kept pairs that the model allows, bool ``[B, HQ, q_len, kv_len]``. Quadratic: for tests."""
-        g, device = geometry, self.sink.device
-        i = torch.arange(g.q_len, device=device)[:, None] + g.q_offset
-        j = torch.arange(g.kv_len, device=device)
-        origin = first_live_key(g, device)[:, None, None, None]
-        end = last_live_position(g, device)[:, None, None, None]
-        keep = (j < origin + self.sink[..., None, None]) | (i - j < self.local[..., None, None])
-        keep = keep | ((i >= end - self.last[..., None, None]) & (i < end))
-        if self.columns is not None:
-            keep = keep | self.columns[:, :, None, :]
-        if self.distances is not None:
-            keep = keep | self.distances[..., (i - j).clamp(min=0)]
-        if self.query_lines is not None:
-            keep = keep | self.query_lines[..., None]
-        return keep & g.to_mask(device)[:, None]
-
-
-def first_live_key(geometry: Geometry, device: torch.device) -> Tensor:
-    """The first live key, int64 ``[B]``; ``kv_len`` where no key is live."""
-    if geometry.key_padding is not None:
-        j = torch.arange(geometry.kv_len, device=device)
-        live = geometry.key_padding.to(device)
-        if geometry.kv_start is not None:
-            live = live & (j >= geometry.kv_start.to(device)[:, None])
-        return torch.where(live, j, geometry.kv_len).amin(-1)
-    if geometry.kv_start is not None:
-        return geometry.kv_start.to(device, torch.int64)
-    return torch.zeros(geometry.batch, dtype=torch.int64, device=device)
+__all__ = [
+    "HeadRules", "Lowered", "TileShape", "block_offsets", "build_plan", "dense_plan", "list_size", "lower",
+    "lower_rules", "make_dense",
+]  # fmt: skip
 
 
 def build_plan(
@@ -126,155 +48,51 @@ def build_plan(
 
 
 def dense_plan(geometry: Geometry, tiles: TileShape, device: torch.device | str) -> Plan:
-    """The plan of the model's own mask: every tile is a window over all keys that its rows may see."""
-    ones = torch.ones(geometry.batch, geometry.q_heads, dtype=torch.int64, device=device)
-    everything = max(1, geometry.q_len + geometry.q_offset)
-    return lower_rules(HeadRules(ones * 0, ones * everything, ones * 0), geometry, tiles)
+    """The plan of the model's own mask: every tile is a window over all keys that its rows may see.
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Patterns to rules
-
-
-def estimate_rules(
-    patterns: Sequence[Pattern], q: Tensor, k: Tensor, geometry: Geometry, scale: float, tiles: TileShape
-) -> HeadRules:
-    """Rules of every head, with columns, diagonals, strides and phases taken from one probe of the heads that need it.
-
-    Needs ``q_len >= 1`` and ``kv_len >= 1``; see ``build_plan`` for the arguments.
+    Kept for geometries without padding, so that asking again launches nothing. Its tensors are not to be written to.
     """
-    g, device = geometry, q.device
-    if len(patterns) != g.q_heads:
-        raise ValueError(f"got {len(patterns)} patterns for {g.q_heads} query heads; give one pattern per query head")
-    everything = g.q_len + g.q_offset
-    sinks = _per_head([getattr(p, "sink", 0) for p in patterns], g, device)
-    local = _per_head([everything if isinstance(p, Dense) else getattr(p, "local", 1) for p in patterns], g, device)
-    last = _per_head([p.last if isinstance(p, TriShape) else 0 for p in patterns], g, device)
-    rules = HeadRules(sinks, local, last, sink_cap=min(everything, max(getattr(p, "sink", 0) for p in patterns)))
-    probed = [h for h, p in enumerate(patterns) if isinstance(p, (VerticalSlash, Grid))]
-    if not probed:
-        return rules
-    probe = run_probe(q, k, g, scale, block_m=tiles.block_m, heads=probed)
-    columns = torch.zeros(g.batch, g.q_heads, g.kv_len, dtype=torch.bool, device=device)
-    kept = [p for p in patterns if isinstance(p, (VerticalSlash, Grid))]
-    slashes = any(isinstance(p, VerticalSlash) or p.same_phase for p in kept)
-    lines = any(isinstance(p, Grid) and p.query_lines for p in kept)
-    distances = torch.zeros(g.batch, g.q_heads, everything, dtype=torch.bool, device=device) if slashes else None
-    rows = torch.zeros(g.batch, g.q_heads, g.q_len, dtype=torch.bool, device=device) if lines else None
-    for pattern in dict.fromkeys(kept):
-        heads = [h for h in probed if patterns[h] == pattern]
-        slots = [probed.index(h) for h in heads]
-        mass = _take(probe.columns, slots)
-        if isinstance(pattern, VerticalSlash):
-            _put(columns, heads, _heaviest(mass, pattern.n_vertical, FORCED_COLUMNS))
-            assert distances is not None
-            _put(distances, heads, _heaviest(_take(probe.distances, slots), pattern.n_slash, FORCED_DISTANCES))
-        else:
-            _grid_rules(pattern, heads, mass, columns, distances, rows, g)
-    return dataclasses.replace(
-        rules,
-        columns=columns,
-        distances=distances,
-        query_lines=rows,
-        column_cap=min(g.kv_len, max(_column_cap(p, g) for p in kept)),
-        distance_cap=min(everything, max(_distance_cap(p, g) for p in kept)),
-        line_gap=min([p.stride or MIN_STRIDE for p in kept if isinstance(p, Grid)], default=1),
+    return remembered(_dense_plan, geometry, tiles, torch.device(device))
+
+
+def _dense_plan(geometry: Geometry, tiles: TileShape, device: torch.device) -> Plan:
+    g, frame = geometry, tile_frame(geometry, tiles, device)
+    head = (g.batch, g.q_heads)
+    return Plan(
+        geometry=g,
+        block_m=tiles.block_m,
+        block_n=tiles.block_n,
+        tiles=_dense_records(frame).expand(*head, -1, -1).contiguous(),
+        lists=torch.empty(0, dtype=torch.int32, device=device),
+        columns=torch.empty(*head, 0, dtype=torch.int32, device=device),
+        has_sinks=False,
     )
 
 
-def _grid_rules(
-    pattern: Grid,
-    heads: list[int],
-    mass: Tensor,
-    columns: Tensor,
-    distances: Tensor | None,
-    rows: Tensor | None,
-    geometry: Geometry,
-) -> None:
-    """Write the lines of one grid pattern into the rules of its heads."""
-    device = mass.device
-    if pattern.stride is None:
-        stride = autocorrelation_stride(mass)
-    else:
-        stride = torch.full(mass.shape[:2], pattern.stride, dtype=torch.int64, device=device)
-    phase, _ = best_phase(mass, stride)
-    _put(columns, heads, _lines(stride, phase, geometry.kv_len, 0))
-    if pattern.query_lines and rows is not None:
-        _put(rows, heads, _lines(stride, phase, geometry.q_len, geometry.q_offset))
-    if pattern.same_phase and distances is not None:
-        _put(distances, heads, _lines(stride, torch.zeros_like(phase), distances.shape[-1], 0))
+def _dense_records(frame: TileFrame) -> Tensor:
+    """Records of dense tiles, int32 ``[1 or B, 1 or HQ, QT, 8]``."""
+    start = torch.minimum(frame.first, frame.latest)
+    return torch.nn.functional.pad(start[..., None], (0, len(TileRecord._fields) - 1))
 
 
-def _lines(stride: Tensor, phase: Tensor, length: int, offset: int) -> Tensor:
-    positions = torch.arange(offset, offset + length, device=stride.device)
-    return positions % stride[..., None] == phase[..., None]
-
-
-def _column_cap(pattern: VerticalSlash | Grid, geometry: Geometry) -> int:
-    if isinstance(pattern, VerticalSlash):
-        return pattern.n_vertical
-    return -(-geometry.kv_len // (pattern.stride or MIN_STRIDE))
-
-
-def _distance_cap(pattern: VerticalSlash | Grid, geometry: Geometry) -> int:
-    if isinstance(pattern, VerticalSlash):
-        return pattern.n_slash
-    return -(-(geometry.q_len + geometry.q_offset) // (pattern.stride or MIN_STRIDE)) if pattern.same_phase else 0
-
-
-def _per_head(values: list[int], geometry: Geometry, device: torch.device) -> Tensor:
-    # Small pageable copies are staged by the driver before the call returns, so this one needs no wait.
-    host = torch.tensor(values, dtype=torch.int64).clamp(max=geometry.q_len + geometry.q_offset)
-    return host.to(device, non_blocking=True).expand(geometry.batch, -1)
-
-
-def _take(x: Tensor, heads: list[int]) -> Tensor:
-    """``x[:, heads]`` by slices: an index list would be copied to the device with a wait."""
-    return torch.stack([x[:, h] for h in heads], 1)
-
-
-def _put(target: Tensor, heads: list[int], source: Tensor) -> None:
-    for slot, head in enumerate(heads):
-        target[:, head] = source[:, slot]
-
-
-def _heaviest(mass: Tensor, count: int, forced: int) -> Tensor:
-    """The ``count`` entries of the last dimension with the most mass, the first ones forced in; bool like ``mass``."""
-    count = min(count, mass.shape[-1])
-    first = torch.arange(mass.shape[-1], device=mass.device) < min(forced, -(-count // 2))
-    chosen = mass.masked_fill(first, torch.inf).topk(count, -1, sorted=False).indices
-    return torch.zeros_like(mass, dtype=torch.bool).scatter_(-1, chosen, True)
-
-
-def best_phase(mass: Tensor, stride: Tensor) -> tuple[Tensor, Tensor]:
-    """Fold column mass modulo a stride: the heaviest phase and its mass, both ``[B, H]``.
+def make_dense(plan: Plan, which: Tensor, frame: TileFrame | None = None) -> Plan:
+    """The plan with the tiles of ``which`` (bool, broadcastable to ``[B, HQ, QT]``) turned into dense windows.
 
     Args:
-        mass: float ``[B, H, N]``; stride: int64 ``[B, H]``, at least 1.
+        frame: facts of the tiles, where the caller has them.
     """
-    residue = torch.arange(mass.shape[-1], device=mass.device) % stride[..., None]
-    folded = torch.zeros_like(mass).scatter_add_(-1, residue, mass)
-    best = folded.max(-1)
-    return best.indices, best.values
+    g, shape = plan.geometry, TileShape(plan.block_m, plan.block_n)
+    if frame is not None and has_padding(g):
+        records = _dense_records(frame)
+    elif plan.row_order is None:
+        records = remembered(_records_in_order, g, shape, plan.tiles.device)
+    else:
+        records = _dense_records(_ordered_frame(plan.row_order, g, shape))
+    return dataclasses.replace(plan, tiles=torch.where(which[..., None], records, plan.tiles))
 
 
-def autocorrelation_stride(mass: Tensor) -> Tensor:
-    """The distance from ``MIN_STRIDE`` to a quarter of the length at which columns repeat best, int64 ``[B, H]``.
-
-    The square root keeps one heavy column from drowning many even ones.
-    """
-    length = mass.shape[-1]
-    size = 1 << (2 * length - 1).bit_length()
-    longest = max(MIN_STRIDE, length // 4)
-    lag = torch.arange(length, device=mass.device)
-    outside = (lag < MIN_STRIDE) | (lag > longest)
-    best = []
-    for part in mass.split(max(1, FOURIER_CHUNK // size), 1):
-        signal = part.float().sqrt()
-        power = torch.fft.rfft(signal - signal.mean(-1, keepdim=True), n=size)
-        repeats: Tensor = torch.fft.irfft(power * power.conj(), n=size)[..., :length]
-        best.append(repeats.masked_fill(outside, -torch.inf).argmax(-1))
-    return torch.cat(best, 1).clamp(MIN_STRIDE, longest)
+def _records_in_order(geometry: Geometry, tiles: TileShape, device: torch.device) -> Tensor:
+    return _dense_records(tile_frame(geometry, tiles, device))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -282,270 +100,240 @@ def autocorrelation_stride(mass: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Tiles:
-    """Facts of every query tile: smallest and largest position ``[1 or B, 1 or HQ, QT]`` and the rows in its slots."""
+class Lowered:
+    """A plan, and ``diagonals``: which block offsets from a tile's own block the diagonals of a head need.
 
-    low: Tensor
-    high: Tensor
-    row_order: Tensor | None
-    dense: Tensor | None
-    span: int
+    ``diagonals`` is bool ``[B, HQ, SIZE]`` or None when no head has diagonals; offset 0 means nothing.
+    """
+
+    plan: Plan
+    diagonals: Tensor | None
 
 
 @dataclass(frozen=True)
-class _Diagonals:
-    """Block offsets ``first block of the tile - listed block`` of every head.
+class _Lists:
+    """Block lists of all tiles: the fields of ``TileRecord`` int32 ``[B, HQ, QT]`` (start ``0`` where not listed)."""
 
-    ``offsets`` int32 ``[B, HQ, CAP]`` descending; ``count[..., x]`` int64 ``[B, HQ, X]`` of offsets up to ``x``.
-    """
-
-    offsets: Tensor
-    count: Tensor
+    num_blocks: Tensor
+    list_start: Tensor
+    entries: Tensor
 
 
 def lower_rules(rules: HeadRules, geometry: Geometry, tiles: TileShape) -> Plan:
-    """The plan that covers ``rules``: the smallest superset made of whole listed blocks, windows and columns.
+    """The plan that covers ``rules``: the smallest superset made of whole key blocks, windows and columns."""
+    return lower(rules, geometry, tiles).plan
 
-    Tiles that would list more than ``MAX_LISTED`` key blocks become dense.
+
+def lower(
+    rules: HeadRules,
+    geometry: Geometry,
+    tiles: TileShape,
+    *,
+    diagonals: Tensor | None = None,
+    frame: TileFrame | None = None,
+) -> Lowered:
+    """``lower_rules`` with the block diagonals beside the plan.
+
+    Args:
+        diagonals: what ``rules.distances`` come to; frame: ``tile_frame``. Both for rows in order, where the caller has
+            them.
     """
-    g, bn, device = geometry, tiles.block_n, rules.sink.device
-    shape = (g.batch, g.q_heads, -(-g.q_len // tiles.block_m))
-    facts = _tile_facts(rules, g, tiles)
-    origin = first_live_key(g, device)[:, None, None]
-    first = _first_visible(facts.low, origin, g) // bn  # blocks left of it hold nothing for the tile
-    latest = _latest_window_start(facts, origin, g, bn)
-    near = (facts.low - rules.local[..., None] + 1).clamp(min=0) // bn
-    end = last_live_position(g, device)[:, None, None]
-    is_last = (facts.high >= end - rules.last[..., None]) & (facts.low < end) & (rules.last[..., None] > 0)
-    near = near.masked_fill(is_last if facts.dense is None else is_last | facts.dense, 0)
-    window_start = torch.minimum(torch.maximum(near, first), latest).expand(shape)
-    sink_end = torch.where(rules.sink > 0, (origin[..., 0] + rules.sink - 1) // bn + 1, 0)[..., None]
-    diagonals = None if rules.distances is None else _block_diagonals(rules.distances, g, tiles, facts, rules)
-    sink_blocks = min(-(-g.kv_len // bn), (rules.sink_cap - 1) // bn + 2 if rules.sink_cap else 0)
-    first, base = first.expand(shape), (facts.low // bn).expand(shape)
-    num_blocks, block_indices, too_long = _list_blocks(
-        first, sink_end.expand(shape), window_start, base, diagonals, sink_blocks
-    )
-    window_start = torch.where(too_long, torch.minimum(first, window_start), window_start)
-    num_blocks = num_blocks.masked_fill(too_long, 0)
-    num_columns, columns = _columns(rules, sink_end, window_start, g, bn)
+    g, bn, device = geometry, tiles.block_n, rules.local.device
+    order, frame, on_line = (None, frame, None) if frame is not None else _rows(rules, g, tiles, device)
+    shape = (g.batch, g.q_heads, frame.low.shape[-1])
+    start = _window_start(rules, frame, on_line, bn).expand(shape)
+    has_sinks = max(rules.sink) > 0
+    zero = frame.zero
+    # Lists begin where sinks end; left of `first` there is nothing for a tile.
+    sink_end, sink_key = _sink_end(rules.sink, frame, bn) if has_sinks else (zero.expand(1, 1, 1), None)
+    begin = sink_end if frame.first_is_zero else torch.maximum(frame.first, sink_end)
+    sink_stop = torch.minimum(begin, start) if has_sinks or not frame.first_is_zero else zero
+    if diagonals is None and rules.distances is not None and rules.distances.shape[-1]:
+        diagonals = _block_diagonals(rules, g, tiles, order is not None)
+    lists = None if diagonals is None else _list_blocks(diagonals, sink_stop, start, frame.base)
     bits = None
-    if diagonals is not None and columns.shape[-1] and block_indices.shape[-1]:
-        bits = _block_bits(num_blocks, block_indices, -(-g.kv_len // bn))
-    return Plan(
+    columns = torch.empty(*shape[:2], 0, dtype=torch.int32, device=device)
+    num_columns = zero
+    if rules.columns is not None and rules.columns.shape[-1]:
+        columns, num_columns = _columns(rules.columns, sink_key, start, g, bn)
+        bits = None if diagonals is None else _bits(diagonals)
+    record = TileRecord(
+        window_start=start,
+        sink_start=zero if frame.first_is_zero else torch.minimum(frame.first, sink_stop),
+        sink_stop=sink_stop,
+        num_blocks=zero if lists is None else lists.num_blocks,
+        list_start=zero if lists is None else lists.list_start,
+        list_base=zero if lists is None else frame.base,
+        num_columns=num_columns,
+        bits_start=zero if bits is None else _head_starts(g.batch, g.q_heads, bits.shape[-1], device),
+    )
+    plan = Plan(
         geometry=g,
         block_m=tiles.block_m,
         block_n=bn,
-        window_start=window_start.int().contiguous(),
-        num_blocks=num_blocks.int().contiguous(),
-        block_indices=block_indices,
-        num_columns=num_columns.int().contiguous(),
+        tiles=torch.stack([field.expand(shape) for field in record], -1),
+        lists=torch.empty(0, dtype=torch.int32, device=device) if lists is None else lists.entries,
         columns=columns,
-        row_order=facts.row_order,
-        block_bits=bits,
+        has_sinks=has_sinks,
+        row_order=order,
+        list_bits=None if bits is None else bits.flatten(),
     )
+    return Lowered(plan, diagonals)
 
 
-def make_dense(plan: Plan, which: Tensor) -> Plan:
-    """The plan with the tiles of ``which`` (bool, broadcastable to ``[B, HQ, QT]``) turned into dense windows."""
-    g = plan.geometry
-    facts = _rows_of(plan)
-    origin = first_live_key(g, plan.window_start.device)[:, None, None]
-    first = _first_visible(facts.low, origin, g) // plan.block_n
-    start = torch.minimum(first, plan.window_start).int()
-    bits = plan.block_bits
-    return dataclasses.replace(
-        plan,
-        window_start=torch.where(which, start, plan.window_start),
-        num_blocks=plan.num_blocks.masked_fill(which, 0),
-        num_columns=plan.num_columns.masked_fill(which, 0),
-        block_bits=None if bits is None else bits.masked_fill(which[..., None], 0),
-    )
+def _head_starts(batch: int, heads: int, size: int, device: torch.device) -> Tensor:
+    """Where each head begins in a flat tensor of ``size`` entries a head, int32 ``[B, HQ, 1]``."""
+    return ramp(batch * heads, device, step=size).view(batch, heads, 1)
 
 
-def _tile_facts(rules: HeadRules, geometry: Geometry, tiles: TileShape) -> _Tiles:
-    if rules.query_lines is None:
-        low, high = _in_order(geometry, tiles.block_m, rules.sink.device)
-        return _Tiles(low, high, None, None, tiles.block_m)
-    order, low, high, dense = _lines_first(rules.query_lines, geometry, tiles.block_m)
-    gap = max(2, rules.line_gap)
-    return _Tiles(low, high, order, dense, tiles.block_m + tiles.block_m // (gap - 1) + 2)
+def _window_start(rules: HeadRules, frame: TileFrame, on_line: Tensor | None, block_n: int) -> Tensor:
+    """First key block of each window, int32, broadcastable to ``[B, HQ, QT]``."""
+    start = (frame.after - rules.local[..., None]).clamp(min=0) // block_n
+    dense = on_line
+    if rules.last is not None:
+        last = rules.last[..., None]
+        is_last = (frame.high >= frame.live_end - last) & (frame.low < frame.live_end) & (last > 0)
+        dense = is_last if dense is None else dense | is_last
+    if dense is not None:
+        start = start.masked_fill(dense, 0)
+    if not frame.first_is_zero:
+        start = torch.maximum(start, frame.first)
+    return start if frame.latest_is_base else torch.minimum(start, frame.latest)
 
 
-def _in_order(geometry: Geometry, block_m: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    low = torch.arange(0, geometry.q_len, block_m, device=device) + geometry.q_offset
-    high = (low + block_m - 1).clamp(max=geometry.q_len + geometry.q_offset - 1)
-    return low[None, None], high[None, None]
+def _sink_end(sinks: tuple[int, ...], frame: TileFrame, block_n: int) -> tuple[Tensor, Tensor]:
+    """One past the last sink block of each head, and its first key; int32 ``[1 or B, 1 or HQ, 1]``, 0 without sinks."""
+    device = frame.low.device
+    if frame.first_is_zero:
+        ends = tuple(-(-sink // block_n) for sink in sinks)
+        return constant(ends, device)[:, None], constant(tuple(end * block_n for end in ends), device)[:, None]
+    sink = constant(sinks, device)[:, None]
+    end = torch.where(sink > 0, (frame.origin + sink + (block_n - 1)) // block_n, 0)
+    return end, end * block_n
 
 
-def _rows_of(plan: Plan) -> _Tiles:
-    if plan.row_order is None:
-        low, high = _in_order(plan.geometry, plan.block_m, plan.window_start.device)
-        return _Tiles(low, high, None, None, plan.block_m)
-    low, high = _slot_range(plan.row_order, plan.geometry, plan.block_m)
-    return _Tiles(low, high, plan.row_order, None, 0)
+def _rows(
+    rules: HeadRules, geometry: Geometry, tiles: TileShape, device: torch.device
+) -> tuple[Tensor | None, TileFrame, Tensor | None]:
+    """Row order, facts of the tiles, and which tiles hold a query line (bool ``[B, HQ, QT]``)."""
+    if rules.line_stride is None or rules.line_phase is None:
+        return None, tile_frame(geometry, tiles, device), None
+    order, lines = _lines_first(rules.line_stride[..., None], rules.line_phase[..., None], geometry, tiles.block_m)
+    frame = _ordered_frame(order, geometry, tiles)
+    return order, frame, ramp(frame.low.shape[-1], device, step=tiles.block_m) < lines
 
 
-def _slot_range(order: Tensor, geometry: Geometry, block_m: int) -> tuple[Tensor, Tensor]:
-    rows = order.view(*order.shape[:2], -1, block_m).long()
-    low = torch.where(rows < 0, geometry.q_len, rows).amin(-1) + geometry.q_offset
-    return low, rows.amax(-1) + geometry.q_offset
+def _lines_first(stride: Tensor, phase: Tensor, geometry: Geometry, block_m: int) -> tuple[Tensor, Tensor]:
+    """Row order with the query lines in front, int32 ``[B, HQ, QT * block_m]``, and how many lines there are.
 
+    Counted, not sorted: line ``k`` is row ``first + k stride``; of the other rows ``first`` stand before the first
+    line, and ``stride - 1`` between one line and the next.
 
-def _lines_first(lines: Tensor, geometry: Geometry, block_m: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Row order with the query lines in front, the positions of its tiles and which of them hold a query line."""
-    g = geometry
-    count = lines.long().cumsum(-1)
-    total = count[..., -1:]
-    rows = torch.arange(g.q_len, device=lines.device)
-    slot = torch.where(lines, count - 1, total + rows - count)  # a row's place: rank among its own kind
-    query_tiles = -(-g.q_len // block_m)
-    order = torch.full((g.batch, g.q_heads, query_tiles * block_m), -1, dtype=torch.int32, device=lines.device)
-    order.scatter_(-1, slot, rows.int().expand_as(slot))
-    low, high = _slot_range(order, g, block_m)
-    return order, low, high, torch.arange(query_tiles, device=lines.device) * block_m < total
-
-
-def _first_visible(low: Tensor, origin: Tensor, geometry: Geometry) -> Tensor:
-    """The first key that some row of the tile may see (tokens)."""
-    if geometry.window:
-        origin = torch.maximum(origin, low - geometry.window + 1)
-    return torch.minimum(origin.clamp(min=0), low)
-
-
-def _latest_window_start(facts: _Tiles, origin: Tensor, geometry: Geometry, block_n: int) -> Tensor:
-    """The last block at which a window may start and still hold the nearest live key of every live row.
-
-    Padding may hide a row's own key; the nearest live key to its left then keeps the row from being empty. It only
-    grows with the position, so the first live row of the tile decides.
+    Args:
+        stride, phase: int32 ``[B, HQ, 1]``, phase -1 for none.
     """
     g = geometry
-    position = torch.maximum(facts.low, origin).clamp(max=g.kv_len - 1)
-    nearest = position
-    if g.kv_stop is not None:
-        nearest = torch.minimum(nearest, g.kv_stop.to(nearest.device, torch.int64)[:, None, None] - 1)
-    if g.key_padding is not None:
-        j = torch.arange(g.kv_len, device=nearest.device)
-        latest = torch.where(g.key_padding.to(nearest.device), j, 0).cummax(-1).values  # [B, kv_len]
-        nearest = nearest.expand(g.batch, *nearest.shape[1:])
-        nearest = latest.gather(-1, nearest.clamp(min=0).flatten(1)).view_as(nearest)
-    return torch.minimum(nearest.clamp(min=0), facts.low) // block_n
+    slot = ramp(-(-g.q_len // block_m) * block_m, stride.device)
+    first = torch.where(phase < 0, g.q_len, (phase - g.q_offset) % stride)
+    lines = (g.q_len - first + stride - 1) // stride
+    other = slot - lines
+    row = torch.where(other < first, other, other + 1 + (other - first) // (stride - 1).clamp(min=1))
+    row = torch.where(slot < lines, first + slot * stride, row)
+    return torch.where(slot < g.q_len, row, -1), lines
 
 
-def _block_diagonals(
-    distances: Tensor, geometry: Geometry, tiles: TileShape, facts: _Tiles, rules: HeadRules
-) -> _Diagonals:
-    """Which block offsets the diagonals of each head need.
+def _ordered_frame(order: Tensor, geometry: Geometry, tiles: TileShape) -> TileFrame:
+    rows = order.view(*order.shape[:2], -1, tiles.block_m)
+    low = torch.where(rows < 0, geometry.q_len, rows).amin(-1) + geometry.q_offset
+    return TileFrame.of(low, rows.amax(-1) + geometry.q_offset, geometry, tiles.block_n)
+
+
+def block_offsets(
+    distances: Tensor, geometry: Geometry, tiles: TileShape, *, ordered: bool = False, line_gap: int = 1
+) -> Tensor:
+    """Block offsets ``own block - listed block`` that each diagonal needs, int64 ``[B, HQ, S, STEPS]``, 0 for none.
 
     A tile whose positions start at ``c`` inside a key block and span ``span`` rows meets distance ``d`` in the blocks
     at offsets ``ceil((d - c - span + 1) / block_n) ... ceil((d - c) / block_n)`` from its own. When every tile has the
-    same ``c`` the list is exact, else it covers every ``c``. Offsets are counted from prefix sums: no loop over ``d``.
-    """
-    bn = tiles.block_n
-    aligned = facts.row_order is None and tiles.block_m % bn == 0
-    least, most = (geometry.q_offset % bn,) * 2 if aligned else (0, bn - 1)
-    positions = distances.shape[-1]
-    size = positions // bn + 2
-    offset = torch.arange(size, device=distances.device)
-    prefix = torch.nn.functional.pad(distances.cumsum(-1, dtype=torch.int32), (1, 0))
-    begin = ((offset - 1) * bn + least + 1).clamp(0, positions)
-    stop = (offset * bn + most + facts.span).clamp(0, positions)
-    needed = prefix[..., stop] > prefix[..., begin]
-    needed[..., 0] = False  # the tile's own block lies in the window
-    count = needed.long().cumsum(-1)
-    total = count[..., -1:]
-    cap = min(size, rules.distance_cap * ((facts.span + most - least) // bn + 2), MAX_LISTED + 1)
-    # Descending offsets are ascending blocks. The last slot of the buffer swallows what has no place.
-    slot = torch.where(needed, total - count, cap).clamp(max=cap)
-    buffer = torch.zeros(*needed.shape[:-1], cap + 1, dtype=torch.int32, device=distances.device)
-    buffer.scatter_(-1, slot, offset.int().expand_as(slot))
-    return _Diagonals(buffer[..., :cap], count)
-
-
-def _list_blocks(
-    first: Tensor, sink_end: Tensor, window_start: Tensor, base: Tensor, diagonals: _Diagonals | None, most: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Number of listed blocks ``[B, HQ, QT]``, the list ``[B, HQ, QT, CAP]`` and the tiles whose list is too long.
-
-    A list is the sinks ``first ... sink_end - 1`` and then those diagonals that lie between them and the window; both
-    are ascending, so nothing is sorted.
+    same ``c`` the list is exact, else it covers every ``c``. All are at most ``(q_len + q_offset) // block_n + 1``.
 
     Args:
-        first, sink_end, window_start, base: key blocks ``[B, HQ, QT]``; ``base`` holds the tile's first position.
-        most: upper bound of sink blocks, known on the host.
+        distances: integers ``[B, HQ, S]``, negative for no diagonal.
+        ordered: whether query lines have been taken out of the rows, one in ``line_gap`` of them at most.
     """
-    sinks = (torch.minimum(sink_end, window_start) - first).clamp(min=0)
-    if diagonals is None:
-        cap = min(most, MAX_LISTED)
-        slots = torch.arange(cap, device=first.device, dtype=torch.int32)
-        return sinks, torch.where(slots < sinks[..., None], first.int()[..., None] + slots, 0).int(), sinks > cap
-    stored = diagonals.offsets.shape[-1]
-    cap = min(most + stored, MAX_LISTED)
-    until = _count_up_to(diagonals, base - torch.maximum(first, sink_end))
-    inside = _count_up_to(diagonals, base - window_start)
-    skip = diagonals.count[..., -1:] - until
-    slashes = (until - inside).clamp(min=0)
-    too_long = (sinks + slashes > cap) | ((slashes > 0) & (skip + slashes > stored))
-    blocks = torch.empty(*first.shape, cap, dtype=torch.int32, device=first.device)
-    for b, heads in _list_chunks(blocks):
-        slots = torch.arange(cap, device=first.device)
-        sink_count = sinks[b, heads, :, None]
-        index = (skip[b, heads, :, None] + slots - sink_count).clamp(0, max(0, stored - 1))
-        offset = diagonals.offsets[b, heads].gather(-1, index.flatten(1)).view_as(index)
-        block = torch.where(slots < sink_count, first[b, heads, :, None] + slots, base[b, heads, :, None] - offset)
-        blocks[b, heads] = torch.where(slots < sink_count + slashes[b, heads, :, None], block, 0).int()
-    return sinks + slashes, blocks, too_long
+    bn = tiles.block_n
+    aligned = not ordered and tiles.block_m % bn == 0
+    least, most = (geometry.q_offset % bn,) * 2 if aligned else (0, bn - 1)
+    span = tiles.block_m + (tiles.block_m // (max(2, line_gap) - 1) + 2 if ordered else 0)
+    reach = span - 1 + most - least
+    # Steps of one block and a last one to the end meet every offset; rounding up is rounding down after `bn - 1` more.
+    steps = tuple(least - (bn - 1) + min(step, reach) for step in range(0, reach + bn, bn))
+    offsets = (distances[..., None] - constant(steps, distances.device, torch.int64)) // bn
+    return offsets.clamp(min=0)
 
 
-def _list_chunks(blocks: Tensor) -> Iterator[tuple[int, slice]]:
-    """Batch elements and slices of heads whose lists fit into ``LIST_CHUNK`` entries."""
-    step = max(1, LIST_CHUNK // max(1, blocks.shape[2] * blocks.shape[3]))
-    for b in range(blocks.shape[0]):
-        for head in range(0, blocks.shape[1], step):
-            yield b, slice(head, head + step)
+def list_size(geometry: Geometry, tiles: TileShape) -> int:
+    """Block offsets that a head may list: enough for every diagonal, and whole words of bits."""
+    return -(-((geometry.q_len + geometry.q_offset) // tiles.block_n + 2) // 32) * 32
 
 
-def _count_up_to(diagonals: _Diagonals, offset: Tensor) -> Tensor:
-    """How many block offsets of the head are at most ``offset`` (int64 ``[B, HQ, QT]``, may be negative)."""
-    found = diagonals.count.gather(-1, offset.clamp(0, diagonals.count.shape[-1] - 1))
-    return torch.where(offset < 0, 0, found)
+def _block_diagonals(rules: HeadRules, geometry: Geometry, tiles: TileShape, ordered: bool) -> Tensor:
+    """Which block offsets the diagonals of each head need, bool ``[B, HQ, SIZE]``, SIZE a multiple of 32.
+
+    Offset 0 is the tile's own block and always in the window, so it takes what has no place.
+    """
+    assert rules.distances is not None
+    offsets = block_offsets(rules.distances, geometry, tiles, ordered=ordered, line_gap=rules.line_gap)
+    needed = torch.zeros(*offsets.shape[:2], list_size(geometry, tiles), dtype=torch.bool, device=offsets.device)
+    return needed.scatter_(-1, offsets.flatten(2), True)
+
+
+def _list_blocks(diagonals: Tensor, begin: Tensor, window_start: Tensor, base: Tensor) -> _Lists:
+    """One list per head, and the part of it that each tile visits.
+
+    Args:
+        diagonals: bool ``[B, HQ, SIZE]``.
+        begin, base: first key block that may be listed, not right of the window, and own block; broadcastable to
+            window_start: int32 ``[B, HQ, QT]``.
+    """
+    batch, heads, size = diagonals.shape
+    # Negative offsets ascend; 1 lies behind all of them and is never reached.
+    entries = torch.where(diagonals, ramp(size, diagonals.device, step=-1), 1).sort(-1).values
+    limits = torch.stack([begin.expand_as(window_start), window_start], 2) - base[:, :, None]  # [B, HQ, 2, QT]
+    found = torch.searchsorted(entries, limits.flatten(2), out_int32=True).view_as(limits)
+    skipped = found[:, :, 0]
+    starts = _head_starts(batch, heads, size, diagonals.device)
+    return _Lists(found[:, :, 1] - skipped, skipped + starts, entries.flatten())
+
+
+_POWERS = (*(1 << bit for bit in range(31)), -(1 << 31))
+
+
+def _bits(diagonals: Tensor) -> Tensor:
+    """Offsets as bits, int32 ``[B, HQ, SIZE / 32]``; different powers never carry, so sums of bits are unions."""
+    words: Tensor = diagonals.unflatten(-1, (-1, 32))
+    return (words * constant(_POWERS, diagonals.device)).sum(-1, dtype=torch.int32)
 
 
 def _columns(
-    rules: HeadRules, sink_end: Tensor, window_start: Tensor, geometry: Geometry, block_n: int
+    keys: Tensor, sink_key: Tensor | None, window_start: Tensor, geometry: Geometry, block_n: int
 ) -> tuple[Tensor, Tensor]:
-    """Columns in use per tile ``[B, HQ, QT]`` and the sorted columns, int32 ``[B, HQ, CAP]``.
+    """The sorted columns, int32 ``[B, HQ, C]``, and how many of them each tile uses, int32 ``[B, HQ, QT]``.
 
     Dead keys and keys in sink blocks are left out: the former are invisible, the latter every tile visits already.
     """
     g = geometry
-    if rules.columns is None or not rules.column_cap:
-        empty = torch.zeros(g.batch, g.q_heads, 0, dtype=torch.int32, device=window_start.device)
-        return torch.zeros_like(window_start), empty
-    j = torch.arange(g.kv_len, device=window_start.device)
-    keep = rules.columns & (j >= sink_end * block_n)
-    if g.kv_start is not None:
-        keep = keep & (j >= g.kv_start.to(j.device)[:, None, None])
-    if g.kv_stop is not None:
-        keep = keep & (j < g.kv_stop.to(j.device)[:, None, None])
-    if g.key_padding is not None:
-        keep = keep & g.key_padding.to(j.device)[:, None]
-    before = torch.nn.functional.pad(keep.cumsum(-1, dtype=torch.int32), (1, 0))  # [B, HQ, kv_len + 1]
-    cap = -(-rules.column_cap // block_n) * block_n
-    columns = torch.full((g.batch, g.q_heads, cap + 1), g.kv_len - 1, dtype=torch.int32, device=j.device)
-    slot = torch.where(keep, before[..., :-1], cap).long()  # the spare last slot swallows keys that are no columns
-    columns.scatter_(-1, slot, j.int().expand_as(slot))
-    count = before.gather(-1, (window_start * block_n).clamp(max=g.kv_len))
-    return count, columns[..., :cap].contiguous()
-
-
-def _block_bits(num_blocks: Tensor, block_indices: Tensor, key_blocks: int) -> Tensor:
-    """The listed blocks as bits, int32 ``[B, HQ, QT, words]``; blocks of a list differ, so sums of bits are unions."""
-    bits = torch.zeros(*num_blocks.shape, -(-key_blocks // 32), dtype=torch.int32, device=num_blocks.device)
-    slots = torch.arange(block_indices.shape[-1], device=num_blocks.device)
-    for b, heads in _list_chunks(block_indices):
-        index = block_indices[b, heads]
-        bit = torch.ones_like(index).bitwise_left_shift(index % 32)
-        bit = bit.masked_fill(slots >= num_blocks[b, heads, :, None], 0)
-        bits[b, heads] = bits[b, heads].scatter_add(-1, (index // 32).long(), bit)
-    return bits
+    keep = None if sink_key is None else keys >= sink_key
+    if has_padding(g):
+        live = g.live_keys(keys.device)
+        assert live is not None
+        at = keys.clamp(max=g.kv_len - 1).long()
+        found = live[:, None].expand(-1, g.q_heads, -1).gather(-1, at)
+        keep = found if keep is None else keep & found
+    if keep is not None:
+        keys = torch.where(keep, keys, g.kv_len)
+    keys = keys.sort(-1).values
+    stop = window_start * block_n
+    if g.kv_len < g.q_len + g.q_offset:
+        stop = stop.clamp(max=g.kv_len)
+    return keys.clamp(max=g.kv_len - 1), torch.searchsorted(keys, stop, out_int32=True)

@@ -1,5 +1,8 @@
 """The probe: exact attention of the last live query rows, reduced to a few vectors per head (MInference, algorithm 2).
 
+``run_probe`` is what planners call. On a GPU it runs the kernels of ``fused_probe``, everywhere else
+``reference_probe``, which is also what the kernels are tested against.
+
 Nothing here waits for the device: which rows are live may only be known there, so rows are chosen by tensor arithmetic.
 """
 
@@ -7,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -18,16 +23,20 @@ LAST_Q = 64
 """Query rows in the probe, as in both papers."""
 
 CHUNK_BYTES = 128 << 20
-"""Scores held at a time; the softmax holds as much again. One head at least is always processed whole."""
-
+"""Scores that the reference holds at a time; the softmax holds as much again. One head at least is processed whole."""
 
 PEAK = 4.0
 """A diagonal is one when it holds this many times what the columns it crosses would put there."""
 
+PART = 16
+"""A diagonal is one when every run of this many probe rows supports it: four runs of the usual 64 rows."""
+
+_MASS_UNIT = float(1 << 40)
+
 
 @dataclass(frozen=True)
 class Probe:
-    """Attention mass of ``L`` probe rows of ``H`` probed heads; each live row weighs 1.
+    """Attention mass of ``L`` probe rows of ``H`` probed heads; each live row weighs 1. Not to be written to.
 
     Attributes:
         rows: int64 ``[B, L]``, the probe rows, consecutive and ascending.
@@ -69,10 +78,56 @@ def last_live_position(geometry: Geometry, device: torch.device) -> Tensor:
 
 
 def probe_rows(geometry: Geometry, device: torch.device, last_q: int = LAST_Q) -> Tensor:
-    """The last ``last_q`` live query rows (all rows if there are fewer), int64 ``[B, L]``."""
-    length = min(last_q, geometry.q_len)
-    end = (last_live_position(geometry, device) - geometry.q_offset).clamp(length, geometry.q_len)
+    """The last ``last_q`` live query rows (all rows if there are fewer), int64 ``[B, L]``. Not to be written to."""
+    g, length = geometry, min(last_q, geometry.q_len)
+    if not _has_padding(g):
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+        return _last_rows(g.batch, g.q_len, length, device, int(stream))
+    end = (last_live_position(g, device) - g.q_offset).clamp(length, g.q_len)
     return end[:, None] - length + torch.arange(length, device=device)
+
+
+@lru_cache(maxsize=32)
+def _last_rows(batch: int, q_len: int, length: int, device: torch.device, stream: int) -> Tensor:
+    # The stream is part of the key: what one stream makes, another may not read without waiting.
+    return torch.arange(q_len - length, q_len, device=device).expand(batch, -1).contiguous()
+
+
+def first_probe_tile(geometry: Geometry, rows: Tensor, block_m: int) -> Tensor:
+    """Query tile of the first probe row, int64 ``[B]``. Not to be written to."""
+    g, device = geometry, rows.device
+    if _has_padding(g):
+        return rows[:, 0] // block_m
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    return _filled(g.batch, (g.q_len - rows.shape[1]) // block_m, device, int(stream))
+
+
+@lru_cache(maxsize=32)
+def _filled(batch: int, value: int, device: torch.device, stream: int) -> Tensor:
+    return torch.full((batch,), value, dtype=torch.int64, device=device)
+
+
+def _has_padding(geometry: Geometry) -> bool:
+    return any(x is not None for x in (geometry.kv_start, geometry.kv_stop, geometry.key_padding))
+
+
+def probe_tile_count(geometry: Geometry, length: int, block_m: int) -> int:
+    """``PT``, query tiles that ``length`` probe rows may touch; exact where no padding hides which rows they are."""
+    g = geometry
+    if not _has_padding(g):
+        return (g.q_len - 1) // block_m - (g.q_len - length) // block_m + 1
+    return min((length - 1) // block_m + 2, -(-g.q_len // block_m))
+
+
+def peak_count(geometry: Geometry, length: int, peaks: int) -> int:
+    """``T``: ``peaks``, or as many as there are diagonals through ``length`` rows."""
+    return min(peaks, geometry.kv_len + length - 1, geometry.q_len + geometry.q_offset)
+
+
+def top_peaks(excess: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The ``count`` largest of ``excess [..., X]``, descending, and where they are."""
+    heaviest = excess.topk(count, -1)
+    return heaviest.values, heaviest.indices
 
 
 def run_probe(
@@ -84,6 +139,7 @@ def run_probe(
     block_m: int,
     heads: Sequence[int] | None = None,
     last_q: int = LAST_Q,
+    diagonals: bool = True,
     peaks: int = 0,
     nearest: int = 0,
 ) -> Probe:
@@ -91,26 +147,53 @@ def run_probe(
 
     Args:
         q: floating ``[B, HQ, q_len, D]`` with ``q_len >= 1``; k: ``[B, HKV, kv_len, D]`` with ``kv_len >= 1``.
+        scale: factor on the scores.
         block_m: rows in a query tile, for ``Probe.tiles``.
-        heads: ascending query heads to probe; None for all. ``H`` is their number.
+        heads: ascending query heads to probe; None for all. ``H`` is their number; no other head is computed.
+        last_q: rows to probe.
+        diagonals: whether sums along diagonals are wanted; ``Probe.distances`` is ``[B, H, 0]`` without them.
         peaks: diagonals to tell apart from columns; nearest: distances below it are no candidates.
 
-    Sums are float32 (float64 for float64 inputs).
+    Sums are float32 (float64 for float64 inputs). Half precision on a GPU runs fused; see ``fused_probe``.
     """
+    from mmi_compile.kernels.fused_probe import fused_probe, why_not_fused
+
+    run = fused_probe if why_not_fused(q, k, last_q) is None else reference_probe
+    return run(
+        q, k, geometry, scale, block_m=block_m, heads=heads, last_q=last_q, diagonals=diagonals or peaks > 0,
+        peaks=peaks, nearest=nearest,
+    )  # fmt: skip
+
+
+def reference_probe(
+    q: Tensor,
+    k: Tensor,
+    geometry: Geometry,
+    scale: float,
+    *,
+    block_m: int,
+    heads: Sequence[int] | None = None,
+    last_q: int = LAST_Q,
+    diagonals: bool = True,
+    peaks: int = 0,
+    nearest: int = 0,
+) -> Probe:
+    """``run_probe`` in plain PyTorch, for any dtype and device. Holds ``L x kv_len`` scores of a few heads."""
     g, device = geometry, q.device
     picked = list(range(g.q_heads)) if heads is None else list(heads)
     rows = probe_rows(g, device, last_q)
     length = rows.shape[1]
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
-    first_tile = rows[:, 0] // block_m
-    tile_count = min((length - 1) // block_m + 2, -(-g.q_len // block_m))
+    first_tile = first_probe_tile(g, rows, block_m)
+    tile_count = probe_tile_count(g, length, block_m)
     member = rows // block_m - first_tile[:, None]  # [B, L]
     tile_rows = (member[:, None, :] == torch.arange(tile_count, device=device)[:, None]).to(work)  # [B, PT, L]
     hidden = _hidden_pairs(g, rows)
     queries = q.gather(2, rows[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3]))
     tiles = torch.empty(g.batch, len(picked), tile_count, g.kv_len, dtype=work, device=device)
-    diagonals = torch.empty(g.batch, len(picked), g.kv_len + length - 1, dtype=work, device=device)
-    count = min(peaks, diagonals.shape[-1])
+    slots = g.kv_len + length - 1 if diagonals or peaks else 0
+    slashes = torch.empty(g.batch, len(picked), slots, dtype=work, device=device)
+    count = peak_count(g, length, peaks)
     peak_mass = torch.zeros(g.batch, len(picked), count, dtype=work, device=device)
     peak_slots = torch.zeros(g.batch, len(picked), count, dtype=torch.int64, device=device)
     on_peaks = torch.zeros(g.batch, len(picked), g.kv_len, dtype=work, device=device)
@@ -121,8 +204,10 @@ def run_probe(
             scores = _scores(head_rows, k[b, kv_head], work, scale)
             weights = _softmax_visible(scores, g, None if hidden is None else hidden[b])
             tiles[b, start:stop] = tile_rows[b] @ weights
+            if not slots:
+                continue
             parts = _diagonal_parts(weights)
-            diagonals[b, start:stop] = parts.sum(1)
+            slashes[b, start:stop] = parts.sum(1)
             if count:
                 too_near = rows[b, 0] + g.q_offset - nearest + length - 1
                 found = _peaks(parts, tiles[b, start:stop].sum(1), length, too_near, count)
@@ -133,13 +218,55 @@ def run_probe(
     return Probe(
         rows=rows,
         columns=columns,
-        distances=_by_distance(diagonals, g, rows),
+        distances=_by_distance(slashes, g, rows) if slots else slashes,
         tiles=tiles,
         first_tile=first_tile,
         peaks=peak_mass,
         peak_distances=distances.clamp(0, g.q_len + g.q_offset - 1),
         beside=columns - on_peaks,
     )
+
+
+def phase_mass(mass: Tensor, strides: Sequence[int]) -> tuple[Tensor, ...]:
+    """Mass folded modulo each stride: for every ``s`` of ``strides`` the sums ``[B, H, s]`` over ``j % s``.
+
+    Args:
+        mass: floating ``[B, H, N]``; strides: 1 or more each.
+
+    Raises:
+        ValueError: a stride below 1.
+    """
+    if any(stride < 1 for stride in strides):
+        raise ValueError(f"strides {list(strides)} must be token counts of 1 or more")
+    if strides and _fuses(mass):
+        from mmi_compile.kernels.fused_probe import fold
+
+        return fold(mass, tuple(strides))
+    return tuple(F.pad(mass, (0, -mass.shape[-1] % s)).unflatten(-1, (-1, s)).sum(-2) for s in strides)
+
+
+def best_phase(mass: Tensor, stride: int | Tensor, *, longest: int | None = None) -> Tensor:
+    """The phase of heaviest mass when it is folded modulo a stride, int64 ``[B, H]``; identical from run to run.
+
+    Args:
+        mass: float ``[B, H, N]``, not negative, ``N >= 1``; stride: 1 or more, or int64 ``[B, H]`` of such.
+        longest: no stride tensor entry exceeds it; None when nothing is known. Saves work, never changes the answer.
+    """
+    if isinstance(stride, int):
+        return phase_mass(mass, (stride,))[0].argmax(-1)
+    length = mass.shape[-1]
+    if _fuses(mass):
+        from mmi_compile.kernels.fused_probe import fold_by_head
+
+        return fold_by_head(mass, stride, min(longest or length, length)).argmax(-1)
+    residue = torch.arange(length, device=mass.device) % stride[..., None]
+    # Integers: their sum does not depend on the order of atomic additions.
+    units = (mass * _MASS_UNIT).long()
+    return torch.zeros_like(units).scatter_add_(-1, residue, units).argmax(-1)
+
+
+def _fuses(mass: Tensor) -> bool:
+    return mass.is_cuda and mass.dtype == torch.float32 and find_spec("triton") is not None
 
 
 def _peaks(parts: Tensor, columns: Tensor, length: int, too_near: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -152,14 +279,11 @@ def _peaks(parts: Tensor, columns: Tensor, length: int, too_near: Tensor, count:
         parts: ``[C, parts, kv_len + L - 1]`` as ``_diagonal_parts`` returns them; columns: ``[C, kv_len]``.
         too_near: slots above it (a scalar tensor) are no candidates.
     """
-    prefix = F.pad(columns.cumsum(-1), (length, length - 1))
-    prefix[..., -(length - 1) or prefix.shape[-1] :] = prefix[..., length + columns.shape[-1] - 1, None]
-    explained = (prefix[..., length:] - prefix[..., :-length]) / length
+    explained = F.avg_pool1d(F.pad(columns, (length - 1, length - 1)), length, 1)
     diagonals, support = parts.sum(1), parts.amin(1) * parts.shape[1]
     slot = torch.arange(diagonals.shape[-1], device=diagonals.device)
     peaked = (diagonals > PEAK * explained) & (support > explained) & (slot <= too_near)
-    heaviest = torch.where(peaked, diagonals - explained, 0).topk(count, -1)
-    return heaviest.values, heaviest.indices
+    return top_peaks(torch.where(peaked, diagonals - explained, 0), count)
 
 
 def _add_peak_mass(target: Tensor, weights: Tensor, peaks: Tensor, slots: Tensor) -> None:
@@ -230,27 +354,28 @@ def _softmax_visible(scores: Tensor, geometry: Geometry, hidden: Tensor | None) 
 
 
 def _diagonal_parts(weights: Tensor) -> Tensor:
-    """Sums along diagonals over each quarter of the rows, ``[C, 4, kv_len + L - 1]`` (one part where 4 does not divide
-    ``L``), in the slots of ``_diagonal_sums``."""
-    heads, length, width = weights.shape
-    count = 1 if length % 4 else 4
-    size = length // count
-    sums = _diagonal_sums(weights.reshape(heads * count, size, width)).view(heads, count, -1)
-    shifted = [F.pad(sums[:, part], (size * (count - 1 - part), size * part)) for part in range(count)]
-    return torch.stack(shifted, 1)
+    """Diagonal sums of each ``PART`` rows, ``[C, parts, kv_len + L - 1]``, in the slots of ``_diagonal_sums``."""
+    length = weights.shape[1]
+    parts = []
+    for start in range(0, length, PART):
+        rows = weights[:, start : start + PART]
+        parts.append(F.pad(_diagonal_sums(rows), (length - start - rows.shape[1], start)))
+    return torch.stack(parts, 1)
 
 
 def _diagonal_sums(weights: Tensor) -> Tensor:
     """Sums along diagonals: ``out[:, c + L - 1] = sum_r weights[:, r, c + r]``, ``[C, kv_len + L - 1]``.
 
-    The long middle part is read through a sheared view (row stride one more than the width), so it costs one pass.
+    The long middle part is read through a sheared view (row stride one more than it is), so it costs one pass.
     """
     heads, length, width = weights.shape
     if width < 2 * length:
         return _padded_diagonal_sums(weights)
     left = _padded_diagonal_sums(weights[..., :length])[:, : length - 1]
-    middle = weights.contiguous().as_strided(
-        (heads, length, width - length + 1), (length * width, width + 1, 1), weights.storage_offset()
+    middle = weights.as_strided(
+        (heads, length, width - length + 1),
+        (weights.stride(0), weights.stride(1) + 1, weights.stride(2)),
+        weights.storage_offset(),
     )
     right = _padded_diagonal_sums(weights[..., width - length :])[:, length:]
     return torch.cat([left, middle.sum(1), right], -1)

@@ -1,4 +1,4 @@
-"""From a ``KernelSpec`` to Triton source, and from source to an imported module.
+"""From a spec to Triton source, and from source to an imported module.
 
 Triton compiles functions that it can read back from a file, so the rendered source is written to a cache folder and
 imported from there. The name of the file is a digest of everything the text depends on.
@@ -18,24 +18,28 @@ from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 from types import ModuleType
+from typing import TypeAlias
 
 import jinja2
 
+from mmi_compile.kernels.hopper_spec import HopperSpec
 from mmi_compile.kernels.spec import KernelSpec
 
-_TEMPLATE = "attention.py.jinja"
+AnySpec: TypeAlias = KernelSpec | HopperSpec
+
 _lock = threading.Lock()
 _modules: dict[str, ModuleType] = {}
 
 
-def rendered_source(spec: KernelSpec) -> str:
+def rendered_source(spec: AnySpec) -> str:
     """The Triton source of the kernel for ``spec``; the same spec always gives the same text."""
-    return _environment().from_string(_template_text()).render(spec=spec, digest=digest(spec), title=_title(spec))
+    template = _environment().from_string(_template_text(spec.template))
+    return template.render(spec=spec, digest=digest(spec), title=_title(spec))
 
 
-def digest(spec: KernelSpec) -> str:
+def digest(spec: AnySpec) -> str:
     """16 hexadecimal digits that name the spec and the template together."""
-    text = json.dumps(asdict(spec), sort_keys=True) + _template_text()
+    text = json.dumps(asdict(spec), sort_keys=True) + _template_text(spec.template)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -45,7 +49,7 @@ def cache_folder() -> Path:
     return Path(chosen) if chosen else Path.home() / ".cache" / "mmi_compile"
 
 
-def source_path(spec: KernelSpec) -> Path:
+def source_path(spec: AnySpec) -> Path:
     """The file that holds the rendered source. It is written if it is missing or does not hold exactly that text.
 
     Raises:
@@ -67,7 +71,7 @@ def source_path(spec: KernelSpec) -> Path:
     return path
 
 
-def kernel_module(spec: KernelSpec) -> ModuleType:
+def kernel_module(spec: AnySpec) -> ModuleType:
     """The imported module with the jitted ``attention`` and, for specs with columns, ``compact_columns``.
 
     Imports Triton. The module is kept for the life of the process.
@@ -106,16 +110,16 @@ def _write_atomically(path: Path, text: str) -> None:
         raise
 
 
-def _title(spec: KernelSpec) -> str:
+def _title(spec: AnySpec) -> str:
     parts = [f"head dim {spec.head_dim}", spec.dtype, f"{spec.block_m} x {spec.block_n} tiles"]
     names = [name.removeprefix("has_").replace("_", " ") for name, on in asdict(spec.features).items() if on]
     names = ["tensor descriptors" if name == "use descriptors" else name for name in names]
     return ", ".join(parts) + (f"; {', '.join(names)}" if names else "; causal window only")
 
 
-@lru_cache(maxsize=1)
-def _template_text() -> str:
-    return resources.files("mmi_compile.kernels").joinpath("templates").joinpath(_TEMPLATE).read_text(encoding="utf-8")
+@lru_cache(maxsize=8)
+def _template_text(name: str) -> str:
+    return resources.files("mmi_compile.kernels").joinpath("templates").joinpath(name).read_text(encoding="utf-8")
 
 
 @lru_cache(maxsize=1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from functools import lru_cache
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 KIB = 1024
 
@@ -67,6 +67,7 @@ class Features:
 
     Attributes:
         has_blocks: tiles visit listed key blocks.
+        has_sinks: tiles visit a run of sink blocks.
         has_columns: tiles visit gathered key columns.
         has_block_bits: columns may lie inside listed blocks, which then own them.
         has_row_order: query rows come in the plan's order instead of their own.
@@ -78,6 +79,7 @@ class Features:
     """
 
     has_blocks: bool = False
+    has_sinks: bool = False
     has_columns: bool = False
     has_block_bits: bool = False
     has_row_order: bool = False
@@ -104,6 +106,8 @@ class KernelSpec(Features):
         block_m, block_n: query rows and keys of one tile, powers of two, at least 16.
         num_warps, num_stages: warps per program; depth of the load pipeline.
     """
+
+    template: ClassVar[str] = "attention.py.jinja"
 
     head_dim: int
     dtype: str

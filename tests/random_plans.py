@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mmi_compile.kernels.geometry import Geometry
-from mmi_compile.kernels.plan import Plan
+from mmi_compile.kernels.plan import Plan, TileRecord
 
 
 @dataclass(frozen=True)
@@ -49,43 +49,91 @@ def random_geometry(draw: Draw, *, max_len: int = 80) -> Geometry:
 
 
 def random_plan(seed: int, *, block_m: int = 16, block_n: int = 16, max_len: int = 80) -> Plan:
-    """A valid plan that depends on the seed alone. Unused list entries hold garbage, as they may on the device."""
+    """A valid plan that depends on the seed alone. Entries that no tile uses hold garbage, as they may on a device."""
     draw = Draw(torch.Generator().manual_seed(seed))
     g = random_geometry(draw, max_len=max_len)
-    head = (g.batch, g.q_heads)
     row_order, tiles = _row_order(draw, g, block_m) if draw.chance(0.5) else (None, -(-g.q_len // block_m))
-    first = _first_positions(g, row_order, tiles, block_m)
-    key_blocks = -(-g.kv_len // block_n)
-    max_blocks = draw.integer(1, 4) if draw.chance(0.6) else 0
+    first = _first_positions(g, row_order, tiles, block_m) // block_n
+    most_blocks = draw.integer(1, 4) if draw.chance(0.6) else 0
+    most_sinks = draw.integer(1, 3) if draw.chance(0.5) else 0
     max_columns = draw.integer(1, 3 * block_n) if draw.chance(0.6) else 0
     dense = draw.chance(0.2)
-
-    window_start = torch.zeros(*head, tiles, dtype=torch.int32)
-    num_blocks, num_columns = torch.zeros_like(window_start), torch.zeros_like(window_start)
-    block_indices = torch.full((*head, tiles, max_blocks), 10_000, dtype=torch.int32)
-    columns = torch.full((*head, max_columns), g.kv_len, dtype=torch.int32)
-    block_bits = torch.zeros(*head, tiles, -(-key_blocks // 32), dtype=torch.int32)
+    columns = torch.full((g.batch, g.q_heads, max_columns), g.kv_len, dtype=torch.int32)
+    records = torch.zeros(g.batch, g.q_heads, tiles, len(TileRecord._fields), dtype=torch.int32)
+    store = _Lists(draw, -(-g.kv_len // block_n), most_blocks)
     for b in range(g.batch):
         for h in range(g.q_heads):
-            lines = draw.subset(draw.integer(0, min(max_columns, g.kv_len)), g.kv_len)
+            sink_start = draw.integer(0, 1) if most_sinks else 0
+            sink_stop = sink_start + draw.integer(0, most_sinks)
+            free = max(0, g.kv_len - sink_stop * block_n)  # columns stand right of the sinks
+            lines = draw.subset(draw.integer(0, min(max_columns, free)), free) + sink_stop * block_n
             columns[b, h, : len(lines)] = lines.int()
+            shared = store.share() if most_blocks and draw.chance(0.5) else None
             for t in range(tiles):
-                start = 0 if dense else draw.integer(0, int(first[b, h, t]) // block_n)
-                window_start[b, h, t] = start
+                window = 0 if dense else draw.integer(0, int(first[b, h, t]))
+                stop = min(sink_stop, window, store.key_blocks)
+                begin = min(sink_start, stop)
                 # Blocks and columns exist only where there are keys, also when the window starts beyond them.
-                left = min(start, key_blocks)
-                blocks = draw.subset(draw.integer(0, min(max_blocks, left)), left)
-                num_blocks[b, h, t] = len(blocks)
-                block_indices[b, h, t, : len(blocks)] = blocks.int()
-                for block in blocks.tolist():
-                    bit = block % 32
-                    block_bits[b, h, t, block // 32] |= 1 << bit if bit < 31 else -(1 << 31)
-                num_columns[b, h, t] = draw.integer(0, int((lines < start * block_n).sum()))
-    meet = max_blocks > 0 and max_columns > 0
+                listed = store.own(stop, window) if shared is None else shared.part(int(first[b, h, t]), stop, window)
+                used = draw.integer(0, int((lines < window * block_n).sum()))
+                records[b, h, t] = torch.tensor([window, begin, stop, *listed[:3], used, listed[3]])
+    meet = most_blocks > 0 and max_columns > 0
     return Plan(
-        g, block_m, block_n, window_start, num_blocks, block_indices, num_columns, columns,
-        row_order=row_order, block_bits=block_bits if meet else None,
+        g, block_m, block_n, records, torch.tensor(store.entries, dtype=torch.int32), columns,
+        has_sinks=most_sinks > 0, row_order=row_order,
+        list_bits=torch.tensor(store.words, dtype=torch.int32) if meet else None,
     )  # fmt: skip
+
+
+class _Lists:
+    """Grows ``Plan.lists`` and ``Plan.list_bits``; between what tiles use there is garbage."""
+
+    def __init__(self, draw: Draw, key_blocks: int, most: int) -> None:
+        self.draw, self.key_blocks, self.most = draw, key_blocks, most
+        self.entries: list[int] = [10_000] if most else []
+        self.words: list[int] = [-1]
+
+    def own(self, stop: int, window: int) -> tuple[int, int, int, int]:
+        """A list of one tile's own: number of blocks, list_start, list_base, bits_start."""
+        room = max(0, min(window, self.key_blocks) - stop)
+        blocks = (self.draw.subset(self.draw.integer(0, min(self.most, room)), room) + stop).tolist()
+        noise = [n for n in range(self.key_blocks) if not stop <= n < window and self.draw.chance(0.5)]
+        return (len(blocks), self._append(blocks), 0, self._append_bits([*blocks, *noise]))
+
+    def share(self) -> _Shared:
+        """A list for all tiles of a head."""
+        offsets = self.draw.subset(self.draw.integer(0, min(2 * self.most, self.key_blocks)), self.key_blocks + 2)
+        entries = sorted(-int(offset) for offset in offsets)
+        return _Shared(entries, self._append(entries), self._append_bits([-e for e in entries]), self.key_blocks)
+
+    def _append(self, entries: list[int]) -> int:
+        start = len(self.entries)
+        self.entries += [*entries, 10_000]
+        return start
+
+    def _append_bits(self, numbers: list[int]) -> int:
+        start = len(self.words)
+        words = [0] * (-(-(self.key_blocks + 2) // 32))
+        for n in set(numbers):
+            words[n // 32] |= 1 << (n % 32)
+        # The value that has these bits in two's complement; then a word of garbage.
+        self.words += [word - (1 << 32) if word >> 31 else word for word in words] + [-1]
+        return start
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """A list of negative block offsets: where it starts, where its bits start."""
+
+    entries: list[int]
+    start: int
+    bits_start: int
+    key_blocks: int
+
+    def part(self, base: int, stop: int, window: int) -> tuple[int, int, int, int]:
+        """What a tile whose own block is ``base`` lists of it: number of blocks, list_start, list_base, bits_start."""
+        inside = [i for i, e in enumerate(self.entries) if stop <= base + e < min(window, self.key_blocks)]
+        return (len(inside), self.start + (inside[0] if inside else 0), base, self.bits_start)
 
 
 def _row_order(draw: Draw, g: Geometry, block_m: int) -> tuple[Tensor, int]:

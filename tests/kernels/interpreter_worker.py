@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from mmi_compile.kernels.geometry import Geometry
+from mmi_compile.kernels.launch import dtype_name, interpreting, plan_features
 from mmi_compile.kernels.spec import KernelSpec
-from mmi_compile.kernels.triton_attention import attention_triton, dtype_name, interpreting, plan_features
+from mmi_compile.kernels.triton_attention import attention_triton
 from tests.random_plans import masked_attention, random_plan, random_qkv
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # bf16 is refused

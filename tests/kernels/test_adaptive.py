@@ -7,14 +7,23 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmi_compile.kernels.adaptive import A_SHAPE, DENSE, GRID, PATTERN_NAMES, VERTICAL_SLASH, adaptive_plan
+from mmi_compile.kernels.adaptive import (
+    A_SHAPE,
+    DENSE,
+    GRID,
+    PATTERN_NAMES,
+    VERTICAL_SLASH,
+    adaptive_plan,
+    max_diagonals,
+)
 from mmi_compile.kernels.geometry import Geometry
 from mmi_compile.kernels.planner import TileShape, dense_plan
-from mmi_compile.kernels.probe import probe_rows
+from mmi_compile.kernels.probe import probe_rows, run_probe
 from mmi_compile.kernels.reference import probabilities_reference
 from mmi_compile.kernels.structured import Structure, structured_qkv
 from tests.host_waits import NoHostWaits
 from tests.kernels.test_planner import assert_invariants
+from tests.launches import launches
 from tests.strategies import geometries, random_inputs, tile_shapes
 
 SCALE = 64**-0.5
@@ -126,6 +135,26 @@ def test_choosing_never_waits_for_the_device(geometry: Geometry, tiles: TileShap
     x = random_inputs(geometry)
     with NoHostWaits():
         adaptive_plan(x.q, x.k, geometry, 1.0, tiles, recall=0.5, strides=(16,))
+
+
+@pytest.mark.parametrize("length", [4096, 4000])
+def test_choosing_launches_little(length: int) -> None:
+    structures = [structure for structure, _ in PLANTED.values()]
+    x = structured_qkv(structures, length, kv_heads=1)
+    g, tiles = Geometry(1, 5, 1, length, length), TileShape(128, 128)
+    peaks = max_diagonals(length, 128)
+    probe = launches(lambda: run_probe(x.q, x.k, g, SCALE, block_m=128, peaks=peaks, nearest=128))
+    assert launches(lambda: adaptive_plan(x.q, x.k, g, SCALE, tiles)) - probe <= 160
+
+
+def test_dense_share_is_the_density_of_the_plan() -> None:
+    x = structured_qkv([structure for structure, _ in PLANTED.values()], 1000)
+    for kv_start in (None, torch.tensor([100])):
+        kv_stop = None if kv_start is None else torch.tensor([1000])
+        g = Geometry(1, 5, 5, 1000, 1000, kv_start=kv_start, kv_stop=kv_stop)
+        plan, choice = adaptive_plan(x.q, x.k, g, SCALE, TILES, recall=0.8)
+        full = dense_plan(g, TILES, "cpu").density()
+        torch.testing.assert_close(choice.density, plan.density() / full)
 
 
 def test_not_a_number_runs_dense() -> None:

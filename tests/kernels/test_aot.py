@@ -11,10 +11,10 @@ from mmi_compile.kernels.triton_attention import compile_ahead
 
 pytest.importorskip("triton", reason="triton is published for Linux only")
 
-SPARSE = Features(has_blocks=True, has_columns=True)
+SPARSE = Features(has_blocks=True, has_sinks=True, has_columns=True)
 GROUPED = Features(has_blocks=True, has_columns=True, has_block_bits=True, has_row_order=True)
 EVERYTHING = Features(
-    has_blocks=True, has_columns=True, has_block_bits=True, has_row_order=True, has_bounds=True,
+    has_blocks=True, has_sinks=True, has_columns=True, has_block_bits=True, has_row_order=True, has_bounds=True,
     has_key_padding=True, has_window=True,
 )  # fmt: skip
 

@@ -42,7 +42,7 @@ def test_order_of_rows_does_not_matter(geometry: Geometry, seed: int) -> None:
     permuted = dataclasses.replace(
         plan,
         row_order=shuffled.view(g.batch, g.q_heads, slots).int(),
-        window_start=torch.zeros_like(plan.window_start),
+        tiles=torch.zeros_like(plan.tiles),
     )
     in_order = attention_cpu(x.q, x.k, x.v, plan, SCALE)
     torch.testing.assert_close(attention_cpu(x.q, x.k, x.v, permuted, SCALE), in_order, rtol=1e-9, atol=1e-10)

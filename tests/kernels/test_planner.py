@@ -12,19 +12,12 @@ from hypothesis import strategies as st
 from mmi_compile.kernels.geometry import Geometry
 from mmi_compile.kernels.patterns import AShape, Dense, Grid, Pattern, TriShape, VerticalSlash
 from mmi_compile.kernels.plan import Plan
-from mmi_compile.kernels.planner import (
-    TileShape,
-    autocorrelation_stride,
-    best_phase,
-    build_plan,
-    dense_plan,
-    estimate_rules,
-    lower_rules,
-    make_dense,
-)
-from mmi_compile.kernels.probe import probe_rows, run_probe
+from mmi_compile.kernels.planner import TileShape, build_plan, dense_plan, lower_rules, make_dense
+from mmi_compile.kernels.probe import best_phase, probe_rows, run_probe
 from mmi_compile.kernels.reference import probabilities_reference
+from mmi_compile.kernels.rules import HeadRules, autocorrelation_stride, estimate_rules
 from tests.host_waits import NoHostWaits
+from tests.launches import launches
 from tests.strategies import geometries, patterns, random_inputs, tile_shapes
 
 SCALE = 0.3
@@ -32,30 +25,44 @@ SCALE = 0.3
 
 def assert_invariants(plan: Plan) -> None:
     """What the contract in ``plan.py`` promises a kernel."""
-    g, bn = plan.geometry, plan.block_n
+    g, bn, r = plan.geometry, plan.block_n, plan.record
+    for tensor in (plan.tiles, plan.lists, plan.columns, plan.row_order, plan.list_bits):
+        assert tensor is None or (tensor.dtype == torch.int32 and tensor.is_contiguous())
     rows = plan.rows()
     low = torch.where(rows < 0, 1 << 30, rows).amin(-1) + g.q_offset
-    assert (plan.window_start >= 0).all()
-    assert (plan.window_start * bn <= low).all()
-    valid = torch.arange(plan.block_indices.shape[-1]) < plan.num_blocks[..., None]
-    assert (plan.num_blocks <= plan.block_indices.shape[-1]).all()
-    assert ((plan.block_indices >= 0) & (plan.block_indices < plan.window_start[..., None]))[valid].all()
-    ascending = plan.block_indices[..., 1:] > plan.block_indices[..., :-1]
-    assert (ascending | ~valid[..., 1:]).all()
+    assert (r.sink_start >= 0).all()
+    assert (r.sink_start <= r.sink_stop).all()
+    assert (r.sink_stop <= r.window_start).all()
+    assert plan.has_sinks or not (r.sink_stop > r.sink_start).any()
+    assert (r.window_start * bn <= low).all()
+    listed = plan.listed_blocks()
+    for where in (r.num_blocks > 0).nonzero().tolist():
+        count, start, base = (int(field[tuple(where)]) for field in (r.num_blocks, r.list_start, r.list_base))
+        assert 0 <= start <= start + count <= plan.lists.numel()
+        blocks = plan.lists[start : start + count] + base
+        assert (blocks[1:] > blocks[:-1]).all()
+        assert int(r.sink_stop[tuple(where)]) <= int(blocks[0])
+        assert int(blocks[-1]) < int(r.window_start[tuple(where)])
     assert ((plan.columns >= 0) & (plan.columns < g.kv_len)).all()
-    used = torch.arange(plan.columns.shape[-1]) < plan.num_columns[..., None]
+    used = torch.arange(plan.columns.shape[-1]) < r.num_columns[..., None]
+    assert (r.num_columns >= 0).all()
+    assert (r.num_columns <= plan.columns.shape[-1]).all()
     columns = plan.columns[:, :, None].expand(used.shape)
-    assert (columns < plan.window_start[..., None] * bn)[used].all()
+    column_block = (columns // bn).long()
+    assert (column_block < r.window_start[..., None])[used].all()
+    in_sinks = (column_block >= r.sink_start[..., None]) & (column_block < r.sink_stop[..., None])
+    assert not in_sinks[used].any()
     assert ((columns[..., 1:] > columns[..., :-1]) | ~used[..., 1:]).all()
-    listed = torch.zeros(*plan.window_start.shape, plan.key_blocks + 1, dtype=torch.bool)
-    listed.scatter_(-1, torch.where(valid, plan.block_indices, plan.key_blocks).long(), True)
-    if plan.block_bits is None:
+    if plan.list_bits is None:
         # Without bits a kernel cannot tell: no column in use may lie in a listed block.
-        assert not (listed[..., :-1].gather(-1, (columns // bn).long()) & used).any()
+        assert not (listed.gather(-1, column_block) & used).any()
     else:
         block = torch.arange(plan.key_blocks)
-        bit = (plan.block_bits[..., block // 32] >> (block % 32)) & 1
-        torch.testing.assert_close(bit.bool(), listed[..., :-1])
+        counts = (block >= r.sink_stop[..., None]) & (block < r.window_start[..., None]) & (r.num_blocks > 0)[..., None]
+        away = (block - r.list_base[..., None]).abs()
+        word = torch.where(counts, r.bits_start[..., None] + away // 32, 0)
+        bit = (plan.list_bits[word.long()] >> (away % 32)) & 1
+        assert torch.equal(bit.bool() & counts, listed)
     filled, _ = rows.flatten(2).sort(-1)
     torch.testing.assert_close(filled[..., -g.q_len :], torch.arange(g.q_len).expand(g.batch, g.q_heads, -1))
     assert (filled[..., : -g.q_len] == -1).all()
@@ -79,8 +86,8 @@ def test_dense_plan_is_the_model_mask(geometry: Geometry, tiles: TileShape) -> N
     plan = dense_plan(geometry, tiles, "cpu")
     assert_invariants(plan)
     assert torch.equal(plan.to_mask(), geometry.to_mask()[:, None].expand(-1, geometry.q_heads, -1, -1))
-    assert not plan.num_blocks.any()
-    assert not plan.num_columns.any()
+    assert not plan.tiles[..., 1:].any()
+    assert plan.lists.numel() == plan.columns.numel() == 0
 
 
 @given(geometries(), tile_shapes(), st.data())
@@ -88,7 +95,7 @@ def test_make_dense_changes_only_the_tiles_asked_for(geometry: Geometry, tiles: 
     chosen = [data.draw(patterns(20)) for _ in range(geometry.q_heads)]
     x = random_inputs(geometry)
     plan = build_plan(chosen, x.q, x.k, geometry, SCALE, tiles)
-    which = torch.rand(plan.window_start.shape, generator=torch.Generator().manual_seed(1)) < 0.5
+    which = torch.rand(plan.tiles.shape[:3], generator=torch.Generator().manual_seed(1)) < 0.5
     changed = make_dense(plan, which)
     assert_invariants(changed)
     row_is_dense = torch.zeros(geometry.batch, geometry.q_heads, geometry.q_len + 1, dtype=torch.bool)
@@ -118,7 +125,7 @@ def test_grid_rules_are_the_formula(stride: int) -> None:
     grid = Grid(stride, 3, 4, query_lines=True, same_phase=True)
     rules = estimate_rules([grid], x.q, x.k, g, SCALE, TileShape(16, 16))
     assert rules.columns is not None
-    phase = int(rules.columns[0, 0].int().argmax())
+    phase = int(rules.columns[0, 0, 0])
     i, j = torch.arange(60)[:, None] + 15, torch.arange(75)
     keep = (j % stride == phase) | (i % stride == phase) | ((i - j) % stride == 0) | (j < 3) | (i - j < 4)
     assert torch.equal(rules.to_mask(g)[0, 0], keep & (j <= i))
@@ -130,7 +137,9 @@ def test_grid_takes_the_heaviest_phase_and_finds_the_stride() -> None:
     mass[0, 1, 30::50] = 1.0
     stride = autocorrelation_stride(mass)
     assert stride.tolist() == [[24, 50]]
-    assert best_phase(mass, stride)[0].tolist() == [[7, 30]]
+    assert best_phase(mass, stride).tolist() == [[7, 30]]
+    assert best_phase(mass, 24)[0, 0] == 7
+    assert best_phase(mass, 50)[0, 1] == 30
 
 
 def test_sinks_follow_left_padding() -> None:
@@ -166,7 +175,8 @@ def test_larger_budgets_keep_more(
     )
     assert small_rules.columns is not None
     assert large_rules.columns is not None
-    assert (small_rules.columns.sum(-1) <= large_rules.columns.sum(-1)).all()
+    kept_small, kept_large = (r.columns < geometry.kv_len for r in (small_rules, large_rules))
+    assert (kept_small.sum(-1) <= kept_large.sum(-1)).all()
 
 
 @given(geometries(), tile_shapes())
@@ -223,6 +233,49 @@ def test_planning_never_waits_for_the_device(geometry: Geometry, tiles: TileShap
         build_plan(chosen, x.q, x.k, geometry, SCALE, tiles)
 
 
+def test_planning_launches_little() -> None:
+    g, tiles = Geometry(1, 4, 2, 4096, 4096), TileShape(128, 128)
+    x = random_inputs(g, dtype=torch.float32)
+    mix = [Grid(256, 64, 1024), Grid(256, 64, 512), VerticalSlash(100, 100), AShape(128, 512)]
+    probe = launches(lambda: run_probe(x.q, x.k, g, SCALE, block_m=128, heads=(0, 1, 2)))
+    assert launches(lambda: estimate_rules(mix, x.q, x.k, g, SCALE, tiles)) - probe <= 30
+    rules = estimate_rules(mix, x.q, x.k, g, SCALE, tiles)
+    assert launches(lambda: lower_rules(rules, g, tiles)) <= 30
+    simple = [AShape(128, 512), TriShape(64, 512, 64)] * 2
+    assert launches(lambda: build_plan(simple, x.q, x.k, g, SCALE, tiles)) <= 15
+    assert launches(lambda: dense_plan(g, tiles, "cpu")) == 0
+    plan = build_plan(mix, x.q, x.k, g, SCALE, tiles)
+    assert launches(lambda: make_dense(plan, plan.record.num_blocks > 3)) <= 2
+
+
+def test_the_dense_plan_of_a_length_is_made_once() -> None:
+    g, tiles = Geometry(1, 2, 1, 333, 333), TileShape(16, 16)
+    assert dense_plan(g, tiles, "cpu") is dense_plan(Geometry(1, 2, 1, 333, 333), tiles, torch.device("cpu"))
+    padded = Geometry(1, 2, 1, 333, 333, kv_start=torch.tensor([3]), kv_stop=torch.tensor([333]))
+    assert dense_plan(padded, tiles, "cpu") is not dense_plan(padded, tiles, "cpu")
+
+
+def test_tiles_share_the_list_of_their_head() -> None:
+    g, tiles = Geometry(1, 2, 1, 640, 640), TileShape(16, 16)
+    rules = HeadRules(
+        sink=(20,),
+        local=torch.full((1, 2), 1, dtype=torch.int32),
+        columns=torch.tensor([[[333, 5, 640], [100, 640, 640]]], dtype=torch.int32),
+        distances=torch.tensor([[[160, 320, 5], [-1, -1, 99]]]),
+    )
+    plan = lower_rules(rules, g, tiles)
+    assert_invariants(plan)
+    entries = plan.lists.view(2, -1)
+    # Distance 5 reaches the block before the own one; 99 lies between two multiples of the block.
+    assert entries[0][entries[0] < 0].tolist() == [-20, -10, -1]
+    assert entries[1][entries[1] < 0].tolist() == [-7, -6]
+    r = plan.record
+    assert r.sink_stop[0, 0, :4].tolist() == [0, 1, 2, 2]
+    assert r.num_blocks[0, 0, [2, 11, 12, 21, 22, 39]].tolist() == [0, 1, 2, 2, 3, 3]
+    assert r.num_columns[0, :, -1].tolist() == [1, 1]  # 5 lies in the sinks
+    assert torch.equal(r.bits_start[0], torch.tensor([[0], [2]]).expand(-1, 40))
+
+
 @pytest.mark.parametrize("length", [1 << 12, 1 << 14])
 def test_plan_size_is_linear_for_fixed_patterns(length: int) -> None:
     g = Geometry(1, 1, 1, length, length)
@@ -230,5 +283,5 @@ def test_plan_size_is_linear_for_fixed_patterns(length: int) -> None:
     plan = build_plan([VerticalSlash(64, 16)], x.q, x.k, g, SCALE, TileShape(128, 128))
     tensors = [getattr(plan, f.name) for f in dataclasses.fields(plan)]
     size = sum(t.numel() for t in tensors if isinstance(t, torch.Tensor))
-    # 16 diagonals of at most 2 or 3 blocks each, never a list as long as the keys.
-    assert size <= length // 128 * (16 * 3 + 3 + length // 128 // 32) + 128
+    # One record of eight numbers a tile; one list and its bits for all tiles together, and the columns.
+    assert size <= length // 128 * (8 + 2) + 64 + 64 + 2

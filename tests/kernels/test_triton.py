@@ -17,9 +17,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmi_compile.kernels import triton_attention
+from mmi_compile.kernels import launch
+from mmi_compile.kernels.launch import plan_features
+from mmi_compile.kernels.plan import Plan
 from mmi_compile.kernels.spec import Features, choose_spec
-from mmi_compile.kernels.triton_attention import attention_triton, plan_features
+from mmi_compile.kernels.triton_attention import attention_triton
 from tests.random_plans import random_plan, random_qkv
 
 pytest.importorskip("triton", reason="triton is published for Linux only")
@@ -105,16 +107,21 @@ def test_nan_in_padded_keys_reaches_no_output(interpreter: Interpreter, seed: in
     assert_equals_the_mask(interpreter(seed=seed, poison=True, max_len=48))
 
 
-def test_block_bits_beyond_the_first_word(interpreter: Interpreter) -> None:
-    seed = next(s for s in range(1000, 2000) if _has_late_listed_blocks(s))
-    assert_equals_the_mask(interpreter(seed=seed, max_len=700))
+@pytest.mark.parametrize("shared", [False, True])
+def test_list_bits_beyond_the_first_word(interpreter: Interpreter, shared: bool) -> None:
+    seed = next(s for s in range(1000, 3000) if _uses_late_bits(s, shared))
+    assert_equals_the_mask(interpreter(seed=seed, max_len=1100))
 
 
-def _has_late_listed_blocks(seed: int) -> bool:
-    plan = random_plan(seed, max_len=700)
-    bits = plan.block_bits
-    small = plan.geometry.batch * plan.geometry.q_heads <= 2
-    return small and bits is not None and bits.shape[-1] > 1 and bool((bits[..., 1:] != 0).any())
+def _uses_late_bits(seed: int, shared: bool) -> bool:
+    """Whether a tile with columns lists a block more than 32 blocks away from the base of its list."""
+    plan = random_plan(seed, max_len=1100)
+    if plan.geometry.batch * plan.geometry.q_heads > 2 or plan.list_bits is None:
+        return False
+    r = plan.record
+    away = (torch.arange(plan.key_blocks) - r.list_base[..., None]).abs()
+    late = plan.listed_blocks() & (away >= 32) & ((r.list_base > 0) == shared)[..., None]
+    return bool((late.any(-1) & (r.num_columns > 0)).any())
 
 
 def test_the_interpreter_refuses_bf16_which_it_would_compute_wrongly(interpreter: Interpreter) -> None:
@@ -136,13 +143,21 @@ def test_scale_must_be_finite(scale: float) -> None:
         attention_triton(q, k, v, plan, scale)
 
 
-@pytest.mark.parametrize("name", ["window_start", "num_blocks", "num_columns", "block_bits"])
-def test_plan_tensors_of_the_wrong_shape_are_refused(name: str) -> None:
-    plan = next(p for p in map(random_plan, range(100)) if p.block_bits is not None and p.query_tiles > 1)
+def _short(plan: Plan) -> dict[str, Any]:
+    return {
+        "tile": {"tiles": plan.tiles[:, :, :-1]},
+        "record": {"tiles": plan.tiles[..., :-1]},
+        "lists": {"lists": plan.lists[None]},
+        "heads": {"columns": plan.columns[:, :-1]},
+    }
+
+
+@pytest.mark.parametrize("case", ["tile", "record", "lists", "heads"])
+def test_plan_tensors_of_the_wrong_shape_are_refused(case: str) -> None:
+    plan = next(p for p in map(random_plan, range(100)) if p.list_bits is not None and p.query_tiles > 1)
     q, k, v = random_qkv(0, plan.geometry, 16, torch.float32)
-    short = replace(plan, **{name: getattr(plan, name)[:, :, :-1]})
     with pytest.raises(ValueError, match=r"must be|do not hold"):
-        attention_triton(q, k, v, short, 1.0)
+        attention_triton(q, k, v, replace(plan, **_short(plan)[case]), 1.0)
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 3), (1, 1, 5, 16), (3, 1, 1, 1)])
@@ -156,7 +171,7 @@ def test_tensors_that_do_not_fit_the_geometry_are_refused(shape: tuple[int, ...]
 
 
 def test_a_spec_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_attention, "why_not", lambda q, k, v: None)
+    monkeypatch.setattr(launch, "why_not", lambda q, k, v: None)
     plan = next(p for p in map(random_plan, range(100)) if plan_features(p).has_blocks)
     q, k, v = random_qkv(0, plan.geometry, 16, torch.float32)
     fits = choose_spec("sm_80", "fp32", 16, features=plan_features(plan), block_m=16, block_n=16)

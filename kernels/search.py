@@ -1,0 +1,404 @@
+"""The search of policy ``adaptive``: what each family of patterns would cost a head at the recall that is asked for.
+
+The probe is read as key blocks *relative to the query tile*: the mass that a window, the sinks or a block diagonal
+would cover is then known exactly. Windows, numbers of diagonals and strides are tried all at once, along dimensions of
+their own; ``A`` counts numbers of diagonals, ``L`` windows on a ladder, ``W`` windows of every size in key blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mmi_compile.kernels.frames import TileFrame, TileShape, constant, has_padding, keep, ramp, tile_frame
+from mmi_compile.kernels.geometry import Geometry
+from mmi_compile.kernels.planner import block_offsets, list_size
+from mmi_compile.kernels.probe import Probe, best_phase, phase_mass, probe_rows, probe_tile_count
+from mmi_compile.kernels.rules import MIN_STRIDE, HeadRules, autocorrelation_stride
+
+DENSE, A_SHAPE, VERTICAL_SLASH, GRID = range(4)
+
+SINK_TOKENS = 64
+"""First live keys that every sparse head keeps; they fill one key block of the usual tiles."""
+
+LOCAL_ZONE = 1024
+"""Nearest keys (at most 1/16 of all) that are left to window and diagonals, in tokens."""
+
+MAX_DIAGONALS = 64
+"""Diagonals that a head may list."""
+
+DIAGONAL_LADDER = (0, 1, 4, 16, 64)
+"""Numbers of diagonals that are tried."""
+
+GRID_BONUS = 0.8
+"""Factor on the cost of a grid: its lines also cover rows for which the probe saw some of them too faintly."""
+
+TRIED_AT_ONCE = 32 << 20
+"""Partial sums over columns that are held at a time, over all windows and numbers of diagonals."""
+
+
+def max_columns(kv_len: int, block_n: int) -> int:
+    """Columns a head may have: 1/16 of the keys, in whole key blocks and at least one. A function of lengths alone."""
+    return max(1, kv_len // 16 // block_n) * block_n
+
+
+def max_diagonals(kv_len: int, block_n: int) -> int:
+    """Diagonals a head may list: two blocks each, together at most 1/4 of the key blocks."""
+    return min(MAX_DIAGONALS, max(1, kv_len // block_n // 8))
+
+
+class Costs(NamedTuple):
+    """What candidates cost, by lengths alone, in keys per query averaged over the rows. float32 unless said otherwise.
+
+    Attributes:
+        window: ``[W + 1]``, a window and the sinks; the last one is dense.
+        local: int32 ``[W + 1]``, the same windows in tokens.
+        diagonal: ``[W]``, one block diagonal at each offset.
+        rung: ``[L]``, a window of the ladder and all block diagonals beyond it; one more, so that a plain a_shape wins
+            a tie.
+        grid_rung: ``[L]``, a window of the ladder beside a grid; line: scalar, a grid of stride 1.
+    """
+
+    window: Tensor
+    local: Tensor
+    diagonal: Tensor
+    rung: Tensor
+    grid_rung: Tensor
+    line: Tensor
+
+
+def _costs(q_len: int, q_offset: int, kv_len: int, block_n: int, device: torch.device) -> Costs:
+    positions = q_len + q_offset
+    offset = torch.arange(positions // block_n + 3, device=device)
+    window = _window_cost(offset, q_len, q_offset, block_n)
+    diagonal = (positions - (offset[:-1] * block_n).clamp(min=q_offset)).clamp(min=0).double() * (block_n / q_len)
+    beyond = diagonal.sum() - diagonal.cumsum(-1)
+    at = constant(window_ladder(positions, block_n), device, torch.int64)
+    return Costs(
+        window=window.float(),
+        local=(offset * block_n + 1).clamp(max=positions).int(),
+        diagonal=diagonal.float(),
+        rung=(window[:-1] + beyond).index_select(0, at).float() + 1,
+        grid_rung=(window.index_select(0, at) * GRID_BONUS).float(),
+        line=torch.full((), GRID_BONUS * kv_len, device=device),
+    )
+
+
+def _window_cost(window: Tensor, q_len: int, q_offset: int, block_n: int) -> Tensor:
+    """Keys per query of a window that reaches ``window`` key blocks back, plus sinks."""
+    end = q_len + q_offset
+    reach = (window.double() + 1) * block_n
+    middle = reach.clamp(q_offset, end)
+    growing = (middle * (middle + 1) - q_offset * (q_offset + 1)) / 2
+    return (growing + reach.clamp(max=end) * (end - middle)) / q_len + SINK_TOKENS
+
+
+def window_ladder(positions: int, block_n: int) -> tuple[int, ...]:
+    """Windows that are tried beside columns, in key blocks: 0, 1, 3, 7, ... up to half of all."""
+    windows = positions // block_n + 2
+    return tuple((1 << rung) - 1 for rung in range(max(1, (windows // 2 + 1).bit_length())))
+
+
+@dataclass(frozen=True)
+class ProbeFrame:
+    """What lengths and padding alone say of a probe. A leading ``b`` is 1, or ``B`` where there is padding.
+
+    Attributes:
+        tiles: facts of all query tiles.
+        tile: int64 ``[b, 1, PT]``, query tiles of the probe rows; first_tile: the first of them, where the host knows.
+        tail: bool ``[b, 1, QT]``, the same as a mask.
+        edge: int64 ``[b, 1, PT, W]``, key block at each offset from the key block of the tile's first position.
+        known: bool, likewise, whether there is one right of the sinks.
+        ahead: int64 ``[b, 1, PT, key blocks]``, offset of each key block, 0 for those that are not left of the tile.
+        inside: bool ``[b, 1, kv_len]``, keys for which a column may be credited.
+        ladder: see ``window_ladder``.
+        line_edge: int64 ``[b, 1, 1, L]``, one below the first key of each such window, seen from the first probe tile.
+        costs: what candidates cost.
+        dense_work: int32 ``[b, 1, QT]``, key tiles that a dense query tile visits; full: ``[b, 1]``, their sum.
+    """
+
+    tiles: TileFrame
+    tile: Tensor
+    first_tile: int | None
+    tail: Tensor
+    edge: Tensor
+    known: Tensor
+    ahead: Tensor
+    inside: Tensor
+    ladder: tuple[int, ...]
+    line_edge: Tensor
+    costs: Costs
+    dense_work: Tensor
+    full: Tensor
+
+
+def probe_frame(geometry: Geometry, tiles: TileShape, device: torch.device) -> ProbeFrame:
+    """Made once per geometry without padding, through ``remembered``."""
+    g, bm, bn = geometry, tiles.block_m, tiles.block_n
+    facts = tile_frame(g, tiles, device)
+    rows = probe_rows(g, device)[: g.batch if has_padding(g) else 1]
+    query_tiles, key_blocks, positions = -(-g.q_len // bm), -(-g.kv_len // bn), g.q_len + g.q_offset
+    first_tile = rows[:, :1, None] // bm  # [b, 1, 1]
+    tile = first_tile + ramp(probe_tile_count(g, rows.shape[1], bm), device, dtype=torch.int64)
+    base = (tile * bm + g.q_offset) // bn
+    sink_end = (facts.origin + (SINK_TOKENS - 1)) // bn + 1
+    edge = base[..., None] - ramp(positions // bn + 2, device, dtype=torch.int64)
+    j, query_tile = ramp(g.kv_len, device), ramp(query_tiles, device)
+    ladder = window_ladder(positions, bn)
+    line_edge = (base[..., :1] - constant(ladder, device, torch.int64)) * bn
+    # The first and the last key never count, so that an index out of range may read them for nothing.
+    credited = (rows[:, :1, None] + (g.q_offset - min(LOCAL_ZONE, g.kv_len // 16))).clamp(max=g.kv_len - 1)
+    dense_work = (facts.stop - torch.minimum(facts.first, facts.latest)).clamp(min=0)
+    return ProbeFrame(
+        tiles=facts,
+        tile=tile.clamp(max=query_tiles - 1),
+        first_tile=None if has_padding(g) else (g.q_len - rows.shape[1]) // bm,
+        tail=(query_tile >= first_tile) & (query_tile <= rows[:, -1:, None] // bm),
+        edge=edge.clamp(0, key_blocks - 1),
+        known=(edge >= sink_end[..., None]) & (edge < key_blocks),
+        ahead=(base[..., None] - ramp(key_blocks, device, dtype=torch.int64)).clamp(min=0),
+        inside=(j >= sink_end * bn) & (j < credited),
+        ladder=ladder,
+        line_edge=line_edge.clamp(0, g.kv_len)[:, :, None] - 1,
+        costs=keep(_costs, (g.q_len, g.q_offset, g.kv_len, bn), device),
+        dense_work=dense_work,
+        full=dense_work.sum(-1),
+    )
+
+
+class Found(NamedTuple):
+    """What the search found: rules without distances, the block diagonals (bool ``[B, HQ, list_size]``) that stand for
+    them, pattern code and grid stride (int64 ``[B, HQ]``, 0 for none)."""
+
+    rules: HeadRules
+    diagonals: Tensor
+    pattern: Tensor
+    stride: Tensor
+
+
+class _Best(NamedTuple):
+    """The cheapest setting of a family: keys per query ``[B, HQ]``, inf when none reaches the target; the rest int64,
+    broadcastable to it: window in key blocks, columns and diagonals in use, stride and phase of a grid."""
+
+    cost: Tensor
+    window: Tensor
+    columns: Tensor
+    diagonals: Tensor
+    stride: Tensor
+    phase: Tensor
+
+
+@dataclass(frozen=True)
+class Search:
+    """One probe, ready to be searched.
+
+    Attributes:
+        mass: ``[B, HQ, PT, key blocks]``, mass of the probe rows of each tile on each key block.
+        total: ``[B, HQ]``, all of it; budget: how much may be lost.
+        relative: ``[B, HQ, W]``, mass by block offset from the tile, sinks left out.
+        missing: ``[B, HQ, W]``, mass outside sinks and a window of that many blocks.
+        credit: ``[B, HQ, kv_len]``, mass for which a column may be credited: none on a diagonal, in the sinks or near
+            the probe rows.
+    """
+
+    probe: Probe
+    geometry: Geometry
+    tiles: TileShape
+    frame: ProbeFrame
+    mass: Tensor
+    total: Tensor
+    budget: Tensor
+    relative: Tensor
+    missing: Tensor
+    credit: Tensor
+
+    @classmethod
+    def of(cls, probe: Probe, geometry: Geometry, tiles: TileShape, frame: ProbeFrame, recall: float) -> Search:
+        """Reduce the probe to what all candidates need."""
+        mass = block_mass(probe.tiles, tiles.block_n)
+        at = frame.edge.expand(*mass.shape[:3], -1)
+        relative = (mass.gather(-1, at) * frame.known).sum(2)
+        total = mass.sum((2, 3))
+        return cls(
+            probe=probe,
+            geometry=geometry,
+            tiles=tiles,
+            frame=frame,
+            mass=mass,
+            total=total,
+            # A hair below the target, so that rounding cannot turn a head that just reaches it into a dense one.
+            budget=total * ((1 - recall) * 0.999),
+            relative=relative,
+            missing=_after(running_sum(relative)),
+            credit=probe.beside.clamp(min=0).mul_(frame.inside),
+        )
+
+    def choose(self, strides: Sequence[int]) -> Found:
+        """The cheapest candidate of each head."""
+        g, bn, device = self.geometry, self.tiles.block_n, self.total.device
+        usable = min(max_columns(g.kv_len, bn), g.kv_len)
+        capacity = max(usable, -(-g.kv_len // MIN_STRIDE))
+        order = self.credit.topk(capacity, -1)
+        rank = self._diagonal_rank()
+        shape = self._a_shape()
+        slash = self._vertical_slash(order.indices[..., :usable], order.values[..., :usable], rank)
+        grid = self._grid(strides)
+        none = ramp(1, device, dtype=torch.int64)
+        widest = ramp(1, device, start=self.relative.shape[-1], dtype=torch.int64)
+        dense = _Best(self.frame.costs.window[-1], widest, none, none, none, none)
+        families = [dense, shape, slash] if grid is None else [dense, shape, slash, grid]
+        pattern = torch.stack([family.cost.expand_as(self.total) for family in families]).argmin(0)
+        settings = torch.stack([part.expand_as(pattern) for family in families for part in family[1:]])
+        settings = settings.unflatten(0, (len(families), -1))
+        window, count, diagonals, stride, phase = settings.gather(0, pattern.expand(1, 5, -1, -1))[0].unbind(0)
+        slot = ramp(capacity, device, dtype=torch.int64)
+        columns = torch.where(slot < count[..., None], order.indices, g.kv_len)
+        if grid is not None:
+            lines = torch.addcmul(phase[..., None], stride[..., None], slot)
+            columns = torch.where(stride[..., None] > 0, lines, columns).clamp(max=g.kv_len)
+        rules = HeadRules((SINK_TOKENS,), self.frame.costs.local[window], columns=columns.int())
+        return Found(rules, rank < diagonals[..., None], pattern, stride)
+
+    def _a_shape(self) -> _Best:
+        window = (self.missing > self.budget[..., None]).sum(-1)  # missing only falls as the window grows
+        none = ramp(1, window.device, dtype=torch.int64)
+        return _Best(self.frame.costs.window[window], window, none, none, none, none)
+
+    def _vertical_slash(self, columns: Tensor, credit: Tensor, rank: Tensor) -> _Best:
+        """Try numbers of diagonals and windows; for each, the fewest columns that reach the target follow.
+
+        Args:
+            columns: int64 ``[B, HQ, K]`` in descending order of ``credit`` (mass, same shape).
+            rank: as ``_diagonal_rank`` returns it.
+        """
+        frame, device = self.frame, columns.device
+        levels = tuple(n for n in DIAGONAL_LADDER if n <= self.probe.peaks.shape[-1])
+        ladder, level = constant(frame.ladder, device, torch.int64), constant(levels, device)
+        # Offsets that the first diagonals leave uncovered, [B, HQ, A, W].
+        left = rank[:, :, None, : self.relative.shape[-1]] >= level[:, None]
+        both = torch.stack([self.relative, frame.costs.diagonal.to(self.relative.dtype).expand_as(self.relative)], 2)
+        uncovered = _after(running_sum(both[:, :, :, None] * left[:, :, None]), ladder)  # [B, HQ, 2, A, L]
+        need = uncovered[:, :, 0] - self.budget[..., None, None]
+        mass = self._credit_by_tile(columns, credit)
+        block = (columns // self.tiles.block_n)[:, :, None].expand(*mass.shape)
+        distance = frame.ahead.expand(*mass.shape[:3], -1).gather(-1, block)  # block offset of each column
+        rank_at = rank[:, :, None].expand(*mass.shape[:3], -1).gather(-1, distance)
+        count = _columns_needed(mass, rank_at, distance, level, ladder, need)
+        # What diagonals save is known by offset.
+        cost = (frame.costs.rung - uncovered[:, :, 1] + count).masked_fill(count > columns.shape[-1], torch.inf)
+        cost, best = cost.flatten(2).min(-1)
+        windows = tuple(w for _ in levels for w in frame.ladder)
+        diagonals = tuple(n for n in levels for _ in frame.ladder)
+        window, used = constant(windows + diagonals, device, torch.int64).view(2, -1)[:, best]
+        none = ramp(1, device, dtype=torch.int64)
+        return _Best(cost, window, count.flatten(2).gather(-1, best[..., None])[..., 0], used, none, none)
+
+    def _credit_by_tile(self, columns: Tensor, credit: Tensor) -> Tensor:
+        """The credit of columns ``[B, HQ, K]``, shared out to the probe tiles by their mass: ``[B, HQ, PT, K]``."""
+        tiles = self.probe.tiles
+        if tiles.shape[2] == 1:
+            return credit[:, :, None]
+        mass = tiles.gather(-1, columns[:, :, None].expand(-1, -1, tiles.shape[2], -1))
+        return mass * (credit / mass.sum(2).clamp(min=1e-30))[:, :, None]
+
+    def _diagonal_rank(self) -> Tensor:
+        """For each block offset the rank of the heaviest diagonal that needs it, int32 ``[B, HQ, list_size]``."""
+        peaks, device = self.probe.peaks, self.probe.peaks.device
+        distances = torch.where(peaks > 0, self.probe.peak_distances, -1)
+        offsets = block_offsets(distances, self.geometry, self.tiles)  # [B, HQ, T, steps]
+        (count, steps), head = offsets.shape[2:], peaks.shape[:2]
+        rank = constant(tuple(place for place in range(count) for _ in range(steps)), device)
+        ranks = torch.full((*head, list_size(self.geometry, self.tiles)), count, dtype=torch.int32, device=device)
+        return ranks.scatter_reduce_(-1, offsets.flatten(2), rank.expand(*head, -1), "amin")
+
+    def _grid(self, strides: Sequence[int]) -> _Best | None:
+        """The cheapest evenly spaced lines: each stride at its heaviest phase, with the smallest window that serves."""
+        g, frame, device = self.geometry, self.frame, self.credit.device
+        longest = g.kv_len // 4
+        if longest < MIN_STRIDE:
+            return None
+        usable = [stride for stride in strides if MIN_STRIDE <= stride <= longest]
+        estimated = autocorrelation_stride(self.credit)
+        tried = [constant((stride,), device, torch.int64).expand_as(estimated) for stride in usable] + [estimated]
+        stride = _side_by_side(tried)  # [B, HQ, S]
+        phases = [folded.argmax(-1) for folded in phase_mass(self.credit, usable)]
+        phase = _side_by_side([*phases, best_phase(self.credit, estimated, longest=longest)])
+        before = phase - stride
+        # Line -1 has no mass: the sum up to line n is the mass on the first n lines.
+        line = ramp(-(-g.kv_len // MIN_STRIDE) + 1, device, dtype=torch.int64)
+        key = torch.addcmul(before[..., None], line, stride[..., None]).clamp(0, g.kv_len - 1)
+        on_line = running_sum(self.credit[:, :, None].expand(*key.shape[:3], -1).gather(-1, key))
+        lines = (frame.line_edge - before[..., None]) // stride[..., None]  # left of each window, [B, HQ, S, L]
+        ladder = constant(frame.ladder, device, torch.int64)
+        lost = self.missing.index_select(-1, ladder)[:, :, None] - on_line.gather(-1, lines)
+        cost = frame.costs.grid_rung + (frame.costs.line / stride)[..., None]
+        cost = torch.where(lost <= self.budget[..., None, None], cost, torch.inf)
+        cost, best = cost.flatten(2).min(-1)
+        window = constant(frame.ladder * stride.shape[-1], device, torch.int64)[best]
+        none = ramp(1, device, dtype=torch.int64)
+        if stride.shape[-1] == 1:
+            return _Best(cost, window, none, none, stride[..., 0], phase[..., 0])
+        chosen = best[..., None] // len(frame.ladder)
+        return _Best(cost, window, none, none, stride.gather(-1, chosen)[..., 0], phase.gather(-1, chosen)[..., 0])
+
+
+def _side_by_side(parts: list[Tensor]) -> Tensor:
+    """``[..., S]`` from ``S`` tensors."""
+    return parts[0][..., None] if len(parts) == 1 else torch.stack(parts, -1)
+
+
+def _columns_needed(
+    mass: Tensor, rank: Tensor, distance: Tensor, level: Tensor, ladder: Tensor, need: Tensor
+) -> Tensor:
+    """How many columns, in their order, make up ``need``: int64 ``[B, HQ, A, L]``, ``K + 1`` when all do not suffice.
+
+    Args:
+        mass, rank, distance: ``[B, HQ, PT, K]``: credit of each column for each probe tile, rank of the diagonal that
+            covers its block, offset of its block.
+        level: int32 ``[A]``, numbers of diagonals; ladder: int64 ``[L]``, windows in key blocks.
+        need: ``[B, HQ, A, L]``, mass.
+    """
+    counts = []
+    each = mass.shape[0] * level.shape[0] * ladder.shape[0] * mass.shape[3]
+    step = max(1, TRIED_AT_ONCE // max(1, each))
+    for start in range(0, mass.shape[1], step):
+        part = slice(start, start + step)
+        counts.append(_columns_of_heads(mass[:, part], rank[:, part], distance[:, part], level, ladder, need[:, part]))
+    return counts[0] if len(counts) == 1 else torch.cat(counts, 1)
+
+
+def _columns_of_heads(
+    mass: Tensor, rank: Tensor, distance: Tensor, level: Tensor, ladder: Tensor, need: Tensor
+) -> Tensor:
+    uncovered = mass[:, :, None] * (rank[:, :, None] >= level[:, None, None])  # [B, H, A, PT, K]
+    beyond = distance[:, :, None] > ladder[:, None, None]  # [B, H, L, PT, K]
+    gained = uncovered[:, :, :, None, 0] * beyond[:, :, None, :, 0]
+    for tile in range(1, mass.shape[2]):
+        gained = gained + uncovered[:, :, :, None, tile] * beyond[:, :, None, :, tile]
+    fewer = (running_sum(gained) < need[..., None]).sum(-1)  # [B, H, A, L]
+    return fewer + (need > 0)
+
+
+def block_mass(mass: Tensor, block_n: int) -> Tensor:
+    """Sums over key blocks, ``[..., kv_len]`` to ``[..., key blocks]``."""
+    spare = -mass.shape[-1] % block_n
+    padded = torch.nn.functional.pad(mass, (0, spare)) if spare else mass
+    blocks: Tensor = padded.unflatten(-1, (-1, block_n))
+    return blocks.sum(-1)
+
+
+def running_sum(x: Tensor) -> Tensor:
+    """``x.cumsum(-1)`` with the same bits in every run."""
+    if x.is_cuda and x.numel() == x.shape[-1]:
+        # A lone row is summed by blocks in the order of their arrival; of two rows each is summed in order.
+        return x.expand(2, *x.shape).cumsum(-1)[0]
+    return x.cumsum(-1)
+
+
+def _after(running: Tensor, at: Tensor | None = None) -> Tensor:
+    """``sum(x[at + 1:])`` from the running sums of ``x``, at every place if not told."""
+    return running[..., -1:] - (running if at is None else running.index_select(-1, at))
