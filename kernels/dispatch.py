@@ -61,7 +61,7 @@ def attention(
 
         return dense_attention(q, k, v, geometry, scale, tiles, run_plan=run_dense), run
     plan, choice = adaptive_plan(q, k, geometry, scale, tiles, recall=recall, max_density=max_density)
-    run.path, run.choice, run.density = name, choice, plan.density()
+    run.path, run.choice, run.density = name, choice, choice.density
     return kernel(q, k, v, plan, scale, new_output()), run
 
 
@@ -87,12 +87,13 @@ def dense_flop(geometry: Geometry, head_dim: int) -> float:
 def _kernel_for(q: Tensor) -> tuple[TileShape, RunPlan, str]:
     if q.device.type == "cpu":
         return CPU_TILES, attention_cpu, "tile-sparse PyTorch"
-    from mmi_compile.kernels.spec import choose_spec
-    from mmi_compile.kernels.triton_attention import attention_triton, device_arch, dtype_name
+    from mmi_compile.kernels.run import families, family_tiles, run_plan
 
-    spec = choose_spec(device_arch(q.device), dtype_name(q.dtype), q.shape[3])
+    known = families(q.device, q.dtype, q.shape[3])
+    family = known[0] if known else "portable"
+    tiles = family_tiles(family, q.device, q.dtype, q.shape[3])
 
     def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, out: Tensor | None) -> Tensor:
-        return attention_triton(q, k, v, plan, scale, out=out)
+        return run_plan(q, k, v, plan, scale, family=family, out=out)
 
-    return TileShape(spec.block_m, spec.block_n), run, "Triton"
+    return tiles, run, f"Triton, {family}"

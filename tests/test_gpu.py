@@ -9,10 +9,13 @@ from mmi_compile import compile as mmi_compile_model
 from mmi_compile import last_report, report
 from mmi_compile.kernels import ops
 from mmi_compile.kernels.geometry import Geometry
+from mmi_compile.kernels.launch import device_arch
+from mmi_compile.kernels.patterns import AShape
+from mmi_compile.kernels.plan import Plan
+from mmi_compile.kernels.planner import build_plan
 from mmi_compile.kernels.reference import attention_reference
-from mmi_compile.kernels.spec import choose_spec
+from mmi_compile.kernels.run import Family, families, family_tiles, run_plan
 from mmi_compile.kernels.structured import Structure, structured_qkv
-from mmi_compile.kernels.triton_attention import attention_triton, device_arch, dtype_name
 from tests import models
 from tests.random_plans import masked_attention, random_plan, random_qkv
 
@@ -32,25 +35,59 @@ def to_cuda(g: Geometry) -> Geometry:
     return Geometry(**{name: x.cuda() if isinstance(x, torch.Tensor) else x for name, x in values.items()})
 
 
+def on_gpu(plan: Plan) -> Plan:
+    moved = {}
+    for name in plan.__dataclass_fields__:
+        value = getattr(plan, name)
+        moved[name] = to_cuda(value) if isinstance(value, Geometry) else value
+        moved[name] = value.cuda() if isinstance(value, torch.Tensor) else moved[name]
+    return Plan(**moved)
+
+
+@pytest.mark.parametrize("family", ["hopper", "portable"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
-def test_triton_kernel_equals_float64_attention_over_the_plans_mask(head_dim: int, dtype: torch.dtype) -> None:
-    spec = choose_spec(device_arch(torch.device("cuda", 0)), dtype_name(dtype), head_dim)
+def test_kernels_equal_float64_attention_over_the_plans_mask(head_dim: int, dtype: torch.dtype, family: Family) -> None:
+    device = torch.device("cuda", 0)
+    if family not in families(device, dtype, head_dim):
+        pytest.skip(f"{family} kernels do not run on {device_arch(device)}")
+    tiles = family_tiles(family, device, dtype, head_dim)
     for seed in range(6):
-        plan = random_plan(seed, block_m=spec.block_m, block_n=spec.block_n, max_len=700)
-        g = plan.geometry
-        q, k, v = random_qkv(seed, g, head_dim, dtype)
+        plan = random_plan(seed, block_m=tiles.block_m, block_n=tiles.block_n, max_len=700)
+        q, k, v = random_qkv(seed, plan.geometry, head_dim, dtype)
         want = masked_attention(q, k, v, plan.to_mask(), 0.1)
-        tensors = {n: getattr(plan, n) for n in plan.__dataclass_fields__}
-        on_gpu = type(plan)(**{
-            n: to_cuda(x) if isinstance(x, Geometry) else x.cuda() if isinstance(x, torch.Tensor) else x
-            for n, x in tensors.items()
-        })  # fmt: skip
+        live = plan.geometry.live_keys("cpu")
+        if live is not None:
+            v = v.masked_fill(~live[:, None, :, None], float("nan"))
         out = torch.full(q.shape, float("nan"), dtype=dtype, device="cuda")
-        attention_triton(q.cuda(), k.cuda(), v.cuda(), on_gpu, 0.1, out=out)
+        again = torch.full_like(out, float("nan"))
+        for target in (out, again):
+            run_plan(q.cuda(), k.cuda(), v.cuda(), on_gpu(plan), 0.1, family=family, out=target)
         assert not out.isnan().any(), f"seed {seed}"
+        assert torch.equal(out, again), f"seed {seed}: two runs differ"
         if want.numel() and want.norm() > 0:
             assert relative_error(out, want) < ROUNDING[dtype], f"seed {seed}"
+
+
+@pytest.mark.parametrize("family", ["hopper", "portable"])
+def test_offsets_beyond_32_bits_are_right(family: Family) -> None:
+    device, dtype, dim = torch.device("cuda", 0), torch.bfloat16, 128
+    if family not in families(device, dtype, dim):
+        pytest.skip(f"{family} kernels do not run on {device_arch(device)}")
+    g = Geometry(1, 20, 20, 900_001, 900_001)
+    q, k, v = (torch.randn(1, 20, g.q_len, dim, device=device, dtype=dtype) for _ in range(3))
+    assert q.numel() > 2**31
+    plan = build_plan([AShape(64, 256)] * 20, q, k, g, dim**-0.5, family_tiles(family, device, dtype, dim))
+    out = run_plan(q, k, v, plan, dim**-0.5, family=family)
+    record, bn = plan.record, plan.block_n
+    for head in (0, 19):
+        for row in (0, 77, 500_000, g.q_len - 1):
+            tile = row // plan.block_m
+            start, stop = (int(x[0, head, tile]) * bn for x in (record.window_start, record.sink_stop))
+            keys = torch.cat([torch.arange(0, min(stop, start)), torch.arange(start, row + 1)]).to(device)
+            scores = (k[0, head, keys].double() @ q[0, head, row].double()) * dim**-0.5
+            want = torch.softmax(scores, 0) @ v[0, head, keys].double()
+            assert relative_error(out[0, head, row], want) < ROUNDING[dtype], (head, row)
 
 
 def run_op(

@@ -1,0 +1,158 @@
+"""The Hopper family: source, ahead-of-time compilation and what it refuses. ``tests/test_gpu.py`` runs it."""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import itertools
+import os
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmi_compile.kernels.geometry import Geometry
+from mmi_compile.kernels.hopper import attention_hopper, compile_hopper_ahead
+from mmi_compile.kernels.hopper_spec import HopperSpec, choose_hopper_spec, hopper_block_n, hopper_supported
+from mmi_compile.kernels.planner import TileShape, dense_plan
+from mmi_compile.kernels.render import rendered_source
+from mmi_compile.kernels.run import families
+from mmi_compile.kernels.spec import SHARED_MEMORY, Features
+
+GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "kernels"
+SPARSE = Features(has_blocks=True, has_sinks=True, has_columns=True, has_block_bits=True)
+GATHERED = Features(has_sinks=True, has_columns=True, has_row_order=True)
+EVERYTHING = Features(
+    has_blocks=True, has_sinks=True, has_columns=True, has_block_bits=True, has_row_order=True, has_bounds=True,
+    has_key_padding=True, has_window=True,
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _own_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    monkeypatch.setenv("MMI_CACHE_DIR", str(tmp_path / "kernels"))
+
+
+def every_spec() -> list[HopperSpec]:
+    names = [f.name for f in fields(Features) if f.name != "use_descriptors"]
+    found = []
+    for flags in itertools.product([False, True], repeat=len(names)):
+        try:
+            features = Features(**dict(zip(names, flags, strict=True)))
+        except ValueError:
+            continue
+        found.append(choose_hopper_spec("bf16", 128, features=features, scheduled=features.has_row_order))
+    plain = [s for s in found if not (s.has_bounds or s.has_key_padding or s.has_window or s.has_row_order)]
+    return found + [replace(s, pair_loop=False) for s in plain]
+
+
+@pytest.mark.parametrize(
+    ("name", "spec"),
+    [
+        ("hopper_ws_dense", choose_hopper_spec("bf16", 128, pair_loop=False)),
+        ("hopper_ws_blocks_and_columns", choose_hopper_spec("bf16", 128, features=SPARSE, pair_loop=False)),
+        ("hopper_ws_every_mask", choose_hopper_spec("fp16", 96, features=EVERYTHING, scheduled=True)),
+    ],
+)
+def test_golden_source(name: str, spec: HopperSpec) -> None:
+    path = GOLDEN / f"{name}.py"
+    text = rendered_source(spec)
+    if os.environ.get("MMI_ACCEPT") == "1":
+        path.write_text(text, encoding="utf-8")
+    assert path.read_text(encoding="utf-8") == text, "the kernel changed; if that is meant, run again with MMI_ACCEPT=1"
+
+
+def test_every_combination_of_features_uses_only_names_that_it_defines() -> None:
+    for spec in every_spec():
+        tree = ast.parse(rendered_source(spec))
+        top = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+        top = {
+            t.id for node in tree.body if isinstance(node, ast.Assign) for t in node.targets if isinstance(t, ast.Name)
+        }
+        top |= {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+        for node in tree.body:
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                top |= {alias.asname or alias.name for alias in node.names}
+        for function in (node for node in tree.body if isinstance(node, ast.FunctionDef)):
+            names = [node for node in ast.walk(function) if isinstance(node, ast.Name)]
+            known = top | {a.arg for a in function.args.args} | set(dir(builtins))
+            known |= {n.id for n in names if isinstance(n.ctx, ast.Store)}
+            assert {n.id for n in names} <= known, (spec, function.name)
+
+
+def test_what_a_spec_lacks_is_absent_from_the_source() -> None:
+    text = rendered_source(choose_hopper_spec("bf16", 128, pair_loop=False))
+    for word in (
+        "lists",
+        "sink",
+        "column",
+        "list_bits",
+        "row_order",
+        "kv_start",
+        "key_padding",
+        "- window",
+        "schedule",
+    ):
+        assert word not in text
+
+
+def assert_compiles(spec: HopperSpec) -> None:
+    kernel = compile_hopper_ahead(spec)
+    assert kernel.metadata.shared <= spec.shared_bytes <= SHARED_MEMORY["sm_90"]
+    for word in ("wgmma.mma_async", "cp.async.bulk.tensor", "setmaxnreg", "mbarrier"):
+        assert word in kernel.asm["ptx"]
+    # A chain of products that the assembler has to serialise runs at half the speed.
+    assert "serializ" not in kernel.asm["ptx"]
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+def test_dense_compiles_ahead_of_time(head_dim: int) -> None:
+    assert_compiles(choose_hopper_spec("bf16", head_dim, pair_loop=head_dim > 128))
+
+
+@pytest.mark.parametrize("features", [SPARSE, GATHERED, EVERYTHING], ids=["sparse", "gathered", "everything"])
+def test_sparse_compiles_ahead_of_time(features: Features) -> None:
+    assert_compiles(choose_hopper_spec("fp16", 128, features=features, scheduled=features.has_row_order))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head_dim", [40, 64, 80, 128, 256])
+@pytest.mark.parametrize("features", [SPARSE, GATHERED, EVERYTHING], ids=["sparse", "gathered", "everything"])
+def test_all_head_dims_compile(features: Features, head_dim: int) -> None:
+    assert_compiles(choose_hopper_spec("bf16", head_dim, features=features, scheduled=features.has_row_order))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "value_dim", "reason"),
+    [
+        ("fp32", 128, None, "fp16 and bf16"),
+        ("bf16", 32, None, "head dim 32"),
+        ("bf16", 100, None, "head dim 100"),
+        ("bf16", 512, None, "head dim 512"),
+        ("bf16", 128, 64, "values of head dim 64"),
+    ],
+)
+def test_what_it_cannot_serve_is_named(dtype: str, head_dim: int, value_dim: int | None, reason: str) -> None:
+    said = hopper_supported(dtype, head_dim, value_dim)
+    assert said is not None
+    assert reason in said
+    if value_dim is None:
+        with pytest.raises(ValueError, match=reason):
+            choose_hopper_spec(dtype, head_dim)
+
+
+def test_a_plan_with_other_tiles_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mmi_compile.kernels import launch
+
+    monkeypatch.setattr(launch, "why_not", lambda q, k, v: None)
+    g = Geometry(1, 1, 1, 200, 200)
+    q = torch.zeros(1, 1, 200, 256, dtype=torch.bfloat16)
+    assert hopper_block_n(256) == 64
+    with pytest.raises(ValueError, match="128 x 128 tiles, the Hopper kernel needs 128 x 64"):
+        attention_hopper(q, q, q, dense_plan(g, TileShape(128, 128), "cpu"), 1.0)
+
+
+def test_the_cpu_has_no_family() -> None:
+    assert families(torch.device("cpu"), torch.bfloat16, 128) == ()
