@@ -1,0 +1,235 @@
+"""The command ``mmi``. Heavy modules are imported by the commands that need them, so that help is quick.
+
+Exit codes: 0 all went well, 1 a measurement failed, 2 the command line cannot be used.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from mmi_compile.bench_rows import BenchOptions, Results
+
+FAILURE, USAGE = 1, 2
+
+app = typer.Typer(name="mmi", add_completion=False, no_args_is_help=True, help="MMInference for torch.compile.")
+
+
+class CommandError(Exception):
+    """Ends a command with a message of one to three lines and an exit code."""
+
+    def __init__(self, message: str, code: int = USAGE):
+        super().__init__(message)
+        self.code = code
+
+
+def run() -> None:
+    """The console script: ``main`` on the process's arguments, then the exit code."""
+    sys.exit(main())
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; the exit code. Errors go to stderr in at most three lines."""
+    try:
+        code = app(args=arguments, prog_name="mmi", standalone_mode=False)
+    except CommandError as error:
+        return _complain(str(error), error.code)
+    except (typer.Abort, KeyboardInterrupt):
+        return _complain("interrupted", FAILURE)
+    except Exception as error:
+        # Errors of the command line; their base class lies in a different module from version to version of typer.
+        if not hasattr(error, "format_message"):
+            raise
+        return _complain(_message(error), USAGE)
+    return code if isinstance(code, int) else 0
+
+
+def _message(error: BaseException) -> str:
+    text = str(getattr(error, "format_message", lambda: error)())
+    context = getattr(error, "ctx", None)
+    if not text.strip():  # help was shown instead of a message
+        return ""
+    return f"{text}\nsee {context.command_path} --help" if context is not None else text
+
+
+def _complain(message: str, code: int) -> int:
+    lines = [line for line in message.splitlines() if line.strip()][:3]
+    if lines:
+        print(f"mmi: {lines[0]}", *(f"     {line}" for line in lines[1:]), sep="\n", file=sys.stderr)
+    return code
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        import mmi_compile
+
+        print(mmi_compile.__version__)
+        raise typer.Exit()
+
+
+@app.callback()
+def _commands(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """MMInference for torch.compile."""
+
+
+@app.command()
+def bench(
+    tokens: Annotated[
+        list[str] | None, typer.Option(help="Prompt lengths: 4096, 128k, 1m; several with commas.")
+    ] = None,
+    heads: Annotated[int | None, typer.Option(help="Query heads [28; 8 on a CPU].")] = None,
+    kv_heads: Annotated[int | None, typer.Option(help="Key/value heads [4; 2 on a CPU].")] = None,
+    head_dim: Annotated[int | None, typer.Option(help="Elements per head [128; 64 on a CPU].")] = None,
+    dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32 [bf16; fp32 on a CPU].")] = None,
+    batch: Annotated[int | None, typer.Option(help="Batch elements [1].")] = None,
+    cases: Annotated[
+        list[str] | None,
+        typer.Option(help="dense, mix, adaptive, or a pattern such as 'a_shape(128,4096)'; several with commas."),
+    ] = None,
+    peers: Annotated[
+        list[str] | None,
+        typer.Option(help="sdpa, cudnn, fa2, fa4, flex, fa4_sparse or none; ratios refer to the first dense one."),
+    ] = None,
+    repeats: Annotated[int | None, typer.Option(help="Timed calls for every median [7; 3 with --quick].")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the inputs [0].")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="One short length, few cases and repeats.")] = False,
+    tune: Annotated[bool, typer.Option("--tune", help="Time candidate tiles of the portable kernel instead.")] = False,
+    json_file: Annotated[
+        str | None, typer.Option("--json", metavar="FILE", help="Write all results; - for stdout, without the table.")
+    ] = None,
+    plot_file: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE.png", help="Plot time over length, log-log.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cuda, cuda:1 or cpu [a GPU if there is one].")] = None,
+) -> None:
+    """Time our kernels beside cuDNN, FlashAttention and FlexAttention on the same tensors."""
+    from mmi_compile.bench import run_bench
+    from mmi_compile.bench_table import can_plot, plot, print_table
+
+    if plot_file is not None and not can_plot():
+        raise CommandError("--plot needs matplotlib: pip install 'mmi-compile[plot]'")
+    for path in (plot_file, Path(json_file) if json_file not in (None, "-") else None):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise CommandError(f"cannot write {path}: there is no folder {path.parent}")
+    where = _device(device)
+    options = _bench_options(
+        where, quick, tune, tokens, cases, peers,
+        heads=heads, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype, batch=batch, repeats=repeats, seed=seed,
+    )  # fmt: skip
+    if tune and where.type != "cuda":
+        raise CommandError("--tune times GPU kernels, and there is no GPU here")
+
+    def save(results: Results) -> None:
+        # After every row, so that a run that is cut off leaves what it has measured.
+        if json_file is not None and json_file != "-":
+            Path(json_file).write_text(_json(results), encoding="utf-8")
+
+    with _progress(options, where) as (on_step, show):
+
+        def on_row(results: Results) -> None:
+            save(results)
+            show(results)
+
+        results = run_bench(options, where, on_step=on_step, on_row=on_row)
+    save(results)
+    if json_file == "-":
+        print(_json(results))
+    else:
+        print_table(results)
+    if plot_file is not None:
+        plot(results, plot_file)
+    if results.failed:
+        first = results.failed[0]
+        more = f" ({len(results.failed)} failures in all)" if len(results.failed) > 1 else ""
+        raise CommandError(f"{first.kernel}, {first.case}, {first.tokens} tokens: {first.reason}{more}", FAILURE)
+
+
+def _json(results: Results) -> str:
+    # NaN and infinity are no JSON; they can only stand in a wrong result, whose reason names them.
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
+        return None if isinstance(value, float) and not abs(value) < float("inf") else value
+
+    return json.dumps(plain(results.to_json()), indent=1, allow_nan=False)
+
+
+def _device(name: str | None) -> Any:
+    import torch
+
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise CommandError(f"unknown device {name!r}; give cuda, cuda:1 or cpu") from None
+    if device.type not in ("cuda", "cpu"):
+        raise CommandError(f"no kernels for device {name!r}; give cuda or cpu")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise CommandError(f"no GPU for device {name!r}: torch.cuda.is_available() is False")
+    if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+        if device.index >= torch.cuda.device_count():
+            raise CommandError(f"there are {torch.cuda.device_count()} GPUs, counted from 0; got {name!r}")
+        torch.cuda.set_device(device)
+    return device
+
+
+def _bench_options(
+    device: Any, quick: bool, tune: bool, tokens: list[str] | None, cases: list[str] | None, peers: list[str] | None,
+    **given: Any,
+) -> BenchOptions:  # fmt: skip
+    from mmi_compile._suggest import did_you_mean
+    from mmi_compile.bench_cases import parse_cases, parse_tokens
+    from mmi_compile.bench_peers import PEERS
+    from mmi_compile.bench_rows import BenchOptions
+
+    names = None
+    if peers:
+        words = dict.fromkeys(name.strip() for value in peers for name in value.split(","))
+        names = tuple(name for name in words if name != "none")
+        for name in names:
+            if name not in PEERS:
+                raise CommandError(f"unknown peer {name!r}{did_you_mean(name, PEERS)}")
+    try:
+        return BenchOptions.for_device(
+            device, quick=quick, tune=tune, peers=names,
+            tokens=parse_tokens(tokens) if tokens else None, cases=parse_cases(cases) if cases else None, **given,
+        )  # fmt: skip
+    except ValueError as error:
+        raise CommandError(str(error)) from None
+
+
+@contextmanager
+def _progress(options: BenchOptions, device: Any) -> Iterator[tuple[Any, Any]]:
+    """Two callbacks, for the next step and a new row. A bar on a terminal; elsewhere one line a row, on stderr."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from mmi_compile.bench import count_steps
+    from mmi_compile.bench_table import progress_line
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+
+        def line(results: Results) -> None:
+            print(progress_line(results.rows[-1]), file=sys.stderr, flush=True)
+
+        yield (lambda what: None), line
+        return
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console, transient=True
+    ) as bar:
+        task = bar.add_task("starting", total=count_steps(options, device))
+        yield (lambda what: bar.update(task, advance=1, description=what)), (lambda results: None)

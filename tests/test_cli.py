@@ -1,0 +1,113 @@
+"""The command ``mmi``: exit codes, short errors, and where output goes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mmi_compile
+from mmi_compile import bench, bench_table, cli
+from mmi_compile.bench_rows import FAILED, Results, Row, rows_from_json
+
+SMALL = ["bench", "--device", "cpu", "--tokens", "130", "--heads", "2", "--kv-heads", "1", "--head-dim", "32",
+         "--repeats", "1"]  # fmt: skip
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == mmi_compile.__version__
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["bench", "--help"]])
+def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(arguments) == 0
+    assert "Usage: mmi" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["bench", "--tokens", "x"], "number of tokens"),
+        (["bench", "--cases", "a_shap"], 'did you mean "a_shape"'),
+        (["bench", "--peers", "flexx"], 'did you mean "flex"'),
+        (["bench", "--dtype", "int8"], "known: bf16"),
+        (["bench", "--heads", "5", "--kv-heads", "3"], "divisor of 5"),
+        (["bench", "--repeats", "x"], "--repeats"),
+        (["bench", "--device", "tpu"], "device"),
+        (["bench", "--json", "/no/such/folder/x.json"], "no folder"),
+        (["bench", "--plot", "/no/such/folder/x.png"], ""),
+        (["bench", "--device", "cpu", "--tune"], "no GPU"),
+        (["bench", "--bogus"], "--bogus"),
+        (["bensh"], "bensh"),
+    ],
+)
+def test_usage_errors_are_short_and_exit_with_2(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert words in captured.err
+    assert 1 <= len(captured.err.splitlines()) <= 3
+    assert captured.err.startswith("mmi: ")
+
+
+def test_table_goes_to_stdout_and_progress_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*SMALL, "--cases", "dense,a_shape(8,16)"]) == 0
+    captured = capsys.readouterr()
+    assert "TFLOP/s" in captured.out
+    assert "a_shape(8,16)" in captured.out
+    assert len(captured.err.splitlines()) == 6
+
+
+def test_json_to_stdout_is_nothing_but_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*SMALL, "--cases", "dense", "--peers", "none", "--json", "-"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert [row["kernel"] for row in data["rows"]] == ["mmi cpu"]
+    assert data["options"]["tokens"] == [130]
+
+
+def test_json_file_is_written_beside_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "out.json"
+    assert cli.main([*SMALL, "--cases", "dense", "--json", str(target)]) == 0
+    assert len(rows_from_json(json.loads(target.read_text()))) == 3
+    assert "TFLOP/s" in capsys.readouterr().out
+
+
+def test_a_failed_measurement_exits_with_1_after_the_table(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def failing(options: object, device: object, **callbacks: object) -> Results:
+        rows = [Row(130, "dense", "mmi x", True, FAILED, "out of memory", error=float("nan"))]
+        return Results(options, {"type": "cpu", "name": "CPU"}, {"torch": "2"}, rows)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(bench, "run_bench", failing)
+    assert cli.main([*SMALL, "--json", "-"]) == 1
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["rows"][0]["error"] is None
+    assert "out of memory" in captured.err.splitlines()[-1]
+
+
+def test_plot_without_matplotlib_says_how_to_get_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench_table, "can_plot", lambda: False)
+    assert cli.main([*SMALL, "--plot", "x.png"]) == 2
+    assert "mmi-compile[plot]" in capsys.readouterr().err
+
+
+def test_help_is_light_and_the_module_runs() -> None:
+    code = (
+        "import sys; from mmi_compile import cli; cli.main(['--help']); "
+        "print(sorted({'torch', 'triton', 'transformers', 'matplotlib'} & {n.partition('.')[0] for n in sys.modules}))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120).stdout
+    assert out.splitlines()[-1] == "[]"
+    ran = subprocess.run(
+        [sys.executable, "-m", "mmi_compile", "--version"], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert ran.stdout.strip() == mmi_compile.__version__
