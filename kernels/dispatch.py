@@ -11,14 +11,17 @@ from mmi_compile.kernels.cpu import attention_cpu
 from mmi_compile.kernels.dense import dense_attention
 from mmi_compile.kernels.geometry import Geometry
 from mmi_compile.kernels.plan import Plan
-from mmi_compile.kernels.planner import TileShape
+from mmi_compile.kernels.planner import TileShape, dense_plan
 from mmi_compile.runtime import AttentionRun
 
 CPU_DENSE_BELOW = 4096
 """Tokens below which dense attention on a CPU is as fast as probe, plan and sparse kernel together."""
-GPU_DENSE_BELOW = 25e12
-"""The same on a GPU, in floating-point operations of the dense attention: on one H100 probe and plan took 18 ms for 28
-heads at 128 K tokens, mostly the launches of their many small kernels, and dense attention ran at 0.58e15 a second."""
+GPU_DENSE_BELOW = 5e12
+"""The same on a GPU, in floating-point operations of the dense attention. On one H100 with 28 heads, probe and plan
+took the device 1 to 2.6 ms and the host 8 ms; dense attention of this size takes the device 8 ms."""
+OWN_DENSE_ABOVE = 1e12
+"""Floating-point operations above which dense attention runs on our own kernel where that beats cuDNN (Hopper: 9 to
+24 % from 4 K to 128 K tokens). Smaller calls go to cuDNN, which costs the host less to launch."""
 
 RunPlan = Callable[[Tensor, Tensor, Tensor, Plan, float, "Tensor | None"], Tensor]
 
@@ -59,6 +62,8 @@ def attention(
         def run_dense(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> Tensor:
             return kernel(q, k, v, plan, scale, new_output())
 
+        if _own_dense(q, geometry):
+            return run_dense(q, k, v, dense_plan(geometry, tiles, q.device), scale), run
         return dense_attention(q, k, v, geometry, scale, tiles, run_plan=run_dense), run
     plan, choice = adaptive_plan(q, k, geometry, scale, tiles, recall=recall, max_density=max_density)
     run.path, run.choice, run.density = name, choice, choice.density
@@ -75,6 +80,15 @@ def _why_dense(q: Tensor, geometry: Geometry, policy: str, min_tokens: int) -> s
         )
     least = CPU_DENSE_BELOW if min_tokens < 0 else min_tokens
     return f"{geometry.kv_len} tokens < min_tokens {least}" if geometry.kv_len < least else ""
+
+
+def _own_dense(q: Tensor, geometry: Geometry) -> bool:
+    """Whether our own kernel is the fastest for this dense attention."""
+    if q.device.type != "cuda" or dense_flop(geometry, q.shape[3]) < OWN_DENSE_ABOVE:
+        return False
+    from mmi_compile.kernels.run import families
+
+    return "hopper" in families(q.device, q.dtype, q.shape[3])
 
 
 def dense_flop(geometry: Geometry, head_dim: int) -> float:

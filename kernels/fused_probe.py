@@ -58,30 +58,32 @@ class PassTile(NamedTuple):
 
 
 class ProbeTiles(NamedTuple):
-    """Launch constants of the three kernels that multiply."""
+    """Launch constants of the kernels that multiply; ``columns`` is ``sums`` without diagonals."""
 
     stats: PassTile
     sums: PassTile
+    columns: PassTile
     beside: PassTile
 
 
 # For each family the tiles by padded head dim; the first entry that is large enough is taken.
 _TILES: dict[str, dict[int, ProbeTiles]] = {
     "sm_80": {
-        128: ProbeTiles(PassTile(2, 64, 8, 3), PassTile(1, 64, 4, 3), PassTile(1, 64, 4, 1)),
-        256: ProbeTiles(PassTile(1, 64, 4, 2), PassTile(1, 64, 4, 2), PassTile(1, 64, 4, 1)),
+        128: ProbeTiles(PassTile(2, 64, 8, 3), PassTile(1, 64, 4, 3), PassTile(1, 64, 4, 3), PassTile(1, 64, 4, 1)),
+        256: ProbeTiles(PassTile(1, 64, 4, 2), PassTile(1, 64, 4, 2), PassTile(1, 64, 4, 2), PassTile(1, 64, 4, 1)),
     },
     "sm_86": {
-        128: ProbeTiles(PassTile(1, 64, 4, 3), PassTile(1, 64, 4, 2), PassTile(1, 64, 4, 1)),
-        256: ProbeTiles(PassTile(1, 64, 4, 1), PassTile(1, 64, 4, 1), PassTile(1, 64, 4, 1)),
+        128: ProbeTiles(PassTile(1, 64, 4, 3), PassTile(1, 64, 4, 2), PassTile(1, 64, 4, 2), PassTile(1, 64, 4, 1)),
+        256: ProbeTiles(PassTile(1, 64, 4, 1), PassTile(1, 64, 4, 1), PassTile(1, 64, 4, 1), PassTile(1, 64, 4, 1)),
     },
+    # Head dim 128 was measured on an H100 at 128 K tokens; the others follow from registers and shared memory.
     "sm_90": {
-        128: ProbeTiles(PassTile(2, 128, 8, 3), PassTile(1, 128, 4, 2), PassTile(1, 64, 4, 1)),
-        256: ProbeTiles(PassTile(2, 64, 8, 2), PassTile(1, 64, 4, 2), PassTile(1, 64, 4, 1)),
+        128: ProbeTiles(PassTile(2, 128, 8, 2), PassTile(1, 128, 4, 2), PassTile(1, 64, 4, 2), PassTile(1, 64, 4, 1)),
+        256: ProbeTiles(PassTile(2, 64, 8, 2), PassTile(1, 64, 4, 2), PassTile(1, 64, 4, 2), PassTile(1, 64, 4, 1)),
     },
     "gfx942": {
-        128: ProbeTiles(PassTile(1, 64, 4, 1), PassTile(1, 64, 4, 1), PassTile(1, 64, 4, 1)),
-        256: ProbeTiles(PassTile(1, 64, 4, 1), PassTile(1, 64, 4, 1), PassTile(1, 64, 4, 1)),
+        128: ProbeTiles(PassTile(1, 64, 4, 1), PassTile(1, 64, 4, 1), PassTile(1, 64, 4, 1), PassTile(1, 64, 4, 1)),
+        256: ProbeTiles(PassTile(1, 64, 4, 1), PassTile(1, 64, 4, 1), PassTile(1, 64, 4, 1), PassTile(1, 64, 4, 1)),
     },
 }
 _FAMILY = {"sm_89": "sm_86", "sm_120": "sm_86", "sm_100": "sm_90"}
@@ -275,17 +277,14 @@ def _run_passes(
     call: _Call, arguments: dict[str, Any], tiles: ProbeTiles, programs: int, tile_count: int, kinds: int
 ) -> None:
     g = call.geometry
-    stats, sums = _chunked(call, tiles.stats, programs), _chunked(call, tiles.sums, programs)
+    summing = tiles.sums if kinds else tiles.columns
+    stats, sums = _chunked(call, tiles.stats, programs), _chunked(call, summing, programs)
     partial = torch.empty(2, g.batch, len(call.heads), stats.n_chunks, _ROWS, device=call.q.device)
     arguments = arguments | {"row_max": partial[0], "row_sum": partial[1], "stats_chunks": stats.n_chunks}
+    flags = {"QUERY_TILES": tile_count, "HAS_DIAGONALS": kinds > 0, "HAS_SUPPORT": kinds > 1}
     for name, part, tile, extra in (
         ("probe_row_stats", stats, tiles.stats, {}),
-        (
-            "probe_sums",
-            sums,
-            tiles.sums,
-            {"QUERY_TILES": tile_count, "HAS_DIAGONALS": kinds > 0, "HAS_SUPPORT": kinds > 1},
-        ),
+        ("probe_sums", sums, summing, flags),
     ):
         given = arguments | {"packs": part.packs, "n_packs": part.packs.shape[0], "chunk_tiles": part.chunk_tiles}
         given["n_chunks"] = part.n_chunks
@@ -412,10 +411,15 @@ def compile_ahead(
         "HAS_DIAGONALS": True, "HAS_SUPPORT": True, "BLOCK_PEAKS": 64, "BLOCK": _EXCESS_BLOCK, "LINES": _FOLD_LINES,
         "RESIDUES": _FOLD_RESIDUES,
     }  # fmt: skip
-    passes = {"probe_row_stats": chosen.stats, "probe_sums": chosen.sums, "probe_beside": chosen.beside}
+    passes = {
+        "probe_row_stats": chosen.stats, "probe_sums": chosen.sums, "probe_sums without diagonals": chosen.columns,
+        "probe_beside": chosen.beside,
+    }  # fmt: skip
     compiled = {}
     for name in (*passes, "probe_excess", "fold_mass", "fold_mass_by_head"):
-        kernel, constants, options = getattr(probe_kernels, name), dict(shared), plain
+        kernel, constants, options = getattr(probe_kernels, name.split()[0]), dict(shared), plain
+        if name.endswith("without diagonals"):
+            constants |= {"HAS_DIAGONALS": False, "HAS_SUPPORT": False}
         if name in passes:
             tile = passes[name]
             constants |= {"HEADS": tile.heads, "BLOCK_N": tile.block_n}

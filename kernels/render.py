@@ -37,6 +37,7 @@ def rendered_source(spec: AnySpec) -> str:
     return template.render(spec=spec, digest=digest(spec), title=_title(spec))
 
 
+@lru_cache(maxsize=1024)
 def digest(spec: AnySpec) -> str:
     """16 hexadecimal digits that name the spec and the template together."""
     text = json.dumps(asdict(spec), sort_keys=True) + _template_text(spec.template)

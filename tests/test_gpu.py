@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mmi_compile import compile as mmi_compile_model
 from mmi_compile import last_report, report
@@ -12,7 +14,7 @@ from mmi_compile.kernels.geometry import Geometry
 from mmi_compile.kernels.launch import device_arch
 from mmi_compile.kernels.patterns import AShape
 from mmi_compile.kernels.plan import Plan
-from mmi_compile.kernels.planner import build_plan
+from mmi_compile.kernels.planner import build_plan, dense_plan
 from mmi_compile.kernels.reference import attention_reference
 from mmi_compile.kernels.run import Family, families, family_tiles, run_plan
 from mmi_compile.kernels.structured import Structure, structured_qkv
@@ -67,6 +69,24 @@ def test_kernels_equal_float64_attention_over_the_plans_mask(head_dim: int, dtyp
         assert torch.equal(out, again), f"seed {seed}: two runs differ"
         if want.numel() and want.norm() > 0:
             assert relative_error(out, want) < ROUNDING[dtype], f"seed {seed}"
+
+
+@pytest.mark.parametrize("family", ["hopper", "portable"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_dense_errors_are_those_of_flash_attention(head_dim: int, dtype: torch.dtype, family: Family) -> None:
+    device, tokens, scale = torch.device("cuda", 0), 2000, head_dim**-0.5
+    if family not in families(device, dtype, head_dim):
+        pytest.skip(f"{family} kernels do not run on {device_arch(device)}")
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 4, tokens, head_dim, device=device, dtype=dtype) for _ in range(3))
+    g = Geometry(1, 4, 4, tokens, tokens)
+    plan = dense_plan(g, family_tiles(family, device, dtype, head_dim), device)
+    want = attention_reference(q.double(), k.double(), v.double(), g.to_mask(device)[:, None], scale)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        flash = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    ours = run_plan(q, k, v, plan, scale, family=family)
+    assert relative_error(ours, want) <= 2 * relative_error(flash, want)
 
 
 @pytest.mark.parametrize("family", ["hopper", "portable"])

@@ -44,7 +44,7 @@ def check(
     part = PassTile(pack, block_n, 4, 1)
     options: dict[str, Any] = {"block_m": block_m, "heads": heads, "last_q": last_q, "peaks": peaks, "nearest": block_m}
     options["diagonals"] = diagonals or peaks > 0
-    launch: dict[str, Any] = {"tiles": ProbeTiles(part, part, part), "programs": programs}
+    launch: dict[str, Any] = {"tiles": ProbeTiles(part, part, part, part), "programs": programs}
     got = fused_probe(q, k, g, scale, **options, **launch)
     again = fused_probe(q, k, g, scale, **options, **launch)
     want = reference_probe(q.double(), k.double(), g, scale, **options)
