@@ -20,7 +20,7 @@ from mmi_compile.bench_peers import PEERS, Call, Family, kernel_families, peers_
 from mmi_compile.bench_rows import SCHEMA, BenchOptions, Results, Row, rows_from_json
 from mmi_compile.bench_table import best_lines, can_plot, plot, print_table, progress_line, token_text
 from mmi_compile.kernels.geometry import Geometry
-from mmi_compile.kernels.patterns import AShape, Dense, Grid, VerticalSlash
+from mmi_compile.kernels.patterns import AShape, BlockTopK, Dense, Grid, VerticalSlash
 from mmi_compile.kernels.plan import Plan
 from mmi_compile.kernels.reference import attention_reference
 
@@ -165,12 +165,18 @@ def test_cases_are_patterns_or_named() -> None:
     ]  # fmt: skip
     assert cases[0].patterns(3) == (Dense(),) * 3
     assert parse_cases(["adaptive"])[0].patterns(3) is None
+    blocks = parse_cases(["block_topk", "block_topk(8,scoring=antidiagonal)", "block_topk(mass=0.9,stride=8)"])
+    assert [case.pattern for case in blocks] == [
+        BlockTopK(k=64), BlockTopK(k=8, scoring="antidiagonal"), BlockTopK(mass=0.9, stride=8),
+    ]  # fmt: skip
+    assert all(case.pattern is not None and not case.reason for case in blocks)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [("a_shap", "a_shape"), ("grid(strid=3)", "stride"), ("a_shape(1,2,3)", "no option"), ("a_shape(x,1)", "int"),
-     ("a_shape(1,0)", "1 or more"), ("mix(3)", "unknown case"), ("a_shape(1", "unknown case")],
+     ("a_shape(1,0)", "1 or more"), ("mix(3)", "unknown case"), ("block_topk(k=8,mass=0.5)", "exactly one"),
+     ("a_shape(1", "unknown case")],
 )  # fmt: skip
 def test_wrong_cases_name_the_mend(text: str, message: str) -> None:
     with pytest.raises(CaseError, match=message):
@@ -239,7 +245,10 @@ def options(**changes: object) -> BenchOptions:
 
 @pytest.fixture(scope="module")
 def results() -> Results:
-    names = ["dense", "a_shape(16,32)", "grid(stride=16,local=32)", "vertical_slash(20,24)", "mix", "adaptive"]
+    names = [
+        "dense", "a_shape(16,32)", "grid(stride=16,local=32)", "vertical_slash(20,24)", "block_topk(2,local=8,sink=8)",
+        "mix", "adaptive",
+    ]  # fmt: skip
     return run_bench(options(cases=parse_cases(names), head_dim=64), CPU)
 
 
@@ -251,7 +260,7 @@ def test_every_case_has_ours_and_the_dense_peer_with_all_figures(results: Result
         assert ours.status == peer.status == "ok"
         for name in ("density", "pairs", "plan_ms", "kernel_ms", "op_ms", "host_ms", "tflops", "speedup", "error"):
             assert getattr(ours, name) is not None, name
-        assert ours.probe_ms is not None or case.kind in ("dense", "a_shape")
+        assert ours.probe_ms is not None or case.kind in ("dense", "a_shape", "block_topk")
         assert ours.error is not None
         assert ours.error < 1e-3
         assert peer.speedup == 1

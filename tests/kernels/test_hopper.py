@@ -8,17 +8,24 @@ import itertools
 import os
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from mmi_compile.kernels import hopper, launch
 from mmi_compile.kernels.geometry import Geometry
 from mmi_compile.kernels.hopper import attention_hopper, compile_hopper_ahead
 from mmi_compile.kernels.hopper_spec import HopperSpec, choose_hopper_spec, hopper_block_n, hopper_supported
+from mmi_compile.kernels.plan import Plan
 from mmi_compile.kernels.planner import TileShape, dense_plan
 from mmi_compile.kernels.render import rendered_source
 from mmi_compile.kernels.run import families
 from mmi_compile.kernels.spec import SHARED_MEMORY, Features
+from tests.kernels.gluon_emulator import EmulatedKernel
+from tests.random_plans import masked_attention, random_plan, random_qkv
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "kernels"
 SPARSE = Features(has_blocks=True, has_sinks=True, has_columns=True, has_block_bits=True)
@@ -144,14 +151,52 @@ def test_what_it_cannot_serve_is_named(dtype: str, head_dim: int, value_dim: int
 
 
 def test_a_plan_with_other_tiles_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mmi_compile.kernels import launch
-
     monkeypatch.setattr(launch, "why_not", lambda q, k, v: None)
     g = Geometry(1, 1, 1, 200, 200)
     q = torch.zeros(1, 1, 200, 256, dtype=torch.bfloat16)
     assert hopper_block_n(256) == 64
     with pytest.raises(ValueError, match="128 x 128 tiles, the Hopper kernel needs 128 x 64"):
         attention_hopper(q, q, q, dense_plan(g, TileShape(128, 128), "cpu"), 1.0)
+
+
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``attention_hopper`` on CPU tensors, with the rendered source run by the emulator."""
+
+    def gathered(k: torch.Tensor, v: torch.Tensor, plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
+        g = plan.geometry
+        index = plan.columns.clamp(0, g.kv_len - 1).long()[..., None].expand(-1, -1, -1, k.shape[-1])
+        return tuple(t.repeat_interleave(g.group, 1).gather(2, index) for t in (k, v))  # type: ignore[return-value]
+
+    monkeypatch.setattr(launch, "why_not", lambda q, k, v: None)
+    monkeypatch.setattr(hopper, "compact_columns", gathered)
+    monkeypatch.setattr(hopper, "kernel_module", lambda spec: SimpleNamespace(attention=EmulatedKernel(spec)))
+    monkeypatch.setattr(hopper, "_multiprocessors", lambda device: 3)
+
+
+@pytest.mark.usefixtures("emulated")
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 2**31), head_dim=st.sampled_from([40, 64]), max_len=st.sampled_from([40, 300, 700]))
+def test_the_kernels_source_is_attention_over_the_plans_mask(seed: int, head_dim: int, max_len: int) -> None:
+    plan = random_plan(seed, block_m=128, block_n=128, max_len=max_len)
+    q, k, v = random_qkv(seed, plan.geometry, head_dim, torch.float16)
+    want = masked_attention(q, k, v, plan.to_mask(), 0.1)
+    live = plan.geometry.live_keys("cpu")
+    if live is not None:
+        v = v.masked_fill(~live[:, None, :, None], float("nan"))
+    out = attention_hopper(q, k, v, plan, 0.1).double()
+    torch.testing.assert_close(out, want, atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("q_offset", [0, 128, 77])
+def test_dense_and_small_key_tiles(q_offset: int) -> None:
+    for head_dim in (64, 256):
+        g = Geometry(1, 2, 1, 300, 300 + q_offset, q_offset)
+        q, k, v = random_qkv(0, g, head_dim, torch.float16)
+        plan = dense_plan(g, TileShape(128, hopper_block_n(head_dim)), "cpu")
+        want = masked_attention(q, k, v, plan.to_mask(), -0.05)
+        torch.testing.assert_close(attention_hopper(q, k, v, plan, -0.05).double(), want, atol=2e-3, rtol=2e-3)
 
 
 def test_the_cpu_has_no_family() -> None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmi_compile.kernels.geometry import Geometry
-from mmi_compile.kernels.patterns import AShape, Dense, Grid, Pattern, TriShape, VerticalSlash
+from mmi_compile.kernels.patterns import AShape, BlockTopK, Dense, Grid, Pattern, TriShape, VerticalSlash
 from mmi_compile.kernels.plan import Plan
 from mmi_compile.kernels.planner import TileShape, build_plan, dense_plan, lower_rules, make_dense
 from mmi_compile.kernels.probe import best_phase, probe_rows, run_probe
@@ -21,6 +21,23 @@ from tests.launches import launches
 from tests.strategies import geometries, patterns, random_inputs, tile_shapes
 
 SCALE = 0.3
+
+
+def block_topks() -> st.SearchStrategy[BlockTopK]:
+    """Heads with chosen key blocks, either way of scoring and of counting, with small windows."""
+    sizes = st.one_of(
+        st.builds(lambda k: {"k": k}, st.integers(1, 12)), st.builds(lambda m: {"mass": m}, st.floats(0.05, 0.999))
+    )
+    return st.builds(
+        lambda size, scoring, stride, local, sink: BlockTopK(
+            **size, scoring=scoring, stride=stride, local=local, sink=sink
+        ),
+        sizes,
+        st.sampled_from(["mean", "antidiagonal"]),
+        st.integers(4, 16),
+        st.integers(1, 30),
+        st.integers(0, 20),
+    )
 
 
 def assert_invariants(plan: Plan) -> None:
@@ -58,11 +75,12 @@ def assert_invariants(plan: Plan) -> None:
         assert not (listed.gather(-1, column_block) & used).any()
     else:
         block = torch.arange(plan.key_blocks)
-        counts = (block >= r.sink_stop[..., None]) & (block < r.window_start[..., None]) & (r.num_blocks > 0)[..., None]
+        has_bits = ((r.num_blocks > 0) & (r.num_columns > 0))[..., None]
+        counts = (block >= r.sink_stop[..., None]) & (block < r.window_start[..., None]) & has_bits
         away = (block - r.list_base[..., None]).abs()
         word = torch.where(counts, r.bits_start[..., None] + away // 32, 0)
         bit = (plan.list_bits[word.long()] >> (away % 32)) & 1
-        assert torch.equal(bit.bool() & counts, listed)
+        assert torch.equal(bit.bool() & counts, listed & has_bits)
     filled, _ = rows.flatten(2).sort(-1)
     torch.testing.assert_close(filled[..., -g.q_len :], torch.arange(g.q_len).expand(g.batch, g.q_heads, -1))
     assert (filled[..., : -g.q_len] == -1).all()
@@ -70,7 +88,7 @@ def assert_invariants(plan: Plan) -> None:
 
 @given(geometries(), tile_shapes(), st.data())
 def test_plan_lies_between_pattern_and_model_mask(geometry: Geometry, tiles: TileShape, data: st.DataObject) -> None:
-    chosen = [data.draw(patterns()) for _ in range(geometry.q_heads)]
+    chosen = [data.draw(st.one_of(patterns(), block_topks())) for _ in range(geometry.q_heads)]
     x = random_inputs(geometry, seed=data.draw(st.integers(0, 99)))
     rules = estimate_rules(chosen, x.q, x.k, geometry, SCALE, tiles)
     plan = lower_rules(rules, geometry, tiles)
@@ -92,7 +110,7 @@ def test_dense_plan_is_the_model_mask(geometry: Geometry, tiles: TileShape) -> N
 
 @given(geometries(), tile_shapes(), st.data())
 def test_make_dense_changes_only_the_tiles_asked_for(geometry: Geometry, tiles: TileShape, data: st.DataObject) -> None:
-    chosen = [data.draw(patterns(20)) for _ in range(geometry.q_heads)]
+    chosen = [data.draw(st.one_of(patterns(20), block_topks())) for _ in range(geometry.q_heads)]
     x = random_inputs(geometry)
     plan = build_plan(chosen, x.q, x.k, geometry, SCALE, tiles)
     which = torch.rand(plan.tiles.shape[:3], generator=torch.Generator().manual_seed(1)) < 0.5
@@ -227,7 +245,7 @@ def test_no_rows_make_an_empty_plan() -> None:
 
 @given(geometries(), tile_shapes(), st.data())
 def test_planning_never_waits_for_the_device(geometry: Geometry, tiles: TileShape, data: st.DataObject) -> None:
-    chosen = [data.draw(patterns()) for _ in range(geometry.q_heads)]
+    chosen = [data.draw(st.one_of(patterns(), block_topks())) for _ in range(geometry.q_heads)]
     x = random_inputs(geometry)
     with NoHostWaits():
         build_plan(chosen, x.q, x.k, geometry, SCALE, tiles)
@@ -241,6 +259,12 @@ def test_planning_launches_little() -> None:
     assert launches(lambda: estimate_rules(mix, x.q, x.k, g, SCALE, tiles)) - probe <= 30
     rules = estimate_rules(mix, x.q, x.k, g, SCALE, tiles)
     assert launches(lambda: lower_rules(rules, g, tiles)) <= 30
+    chosen = [BlockTopK(k=4), BlockTopK(mass=0.5), AShape(128, 512), AShape(128, 512)]
+    rules = estimate_rules(chosen, x.q, x.k, g, SCALE, tiles)
+    assert launches(lambda: lower_rules(rules, g, tiles)) <= 30
+    for scoring in ("mean", "antidiagonal"):
+        alike = [BlockTopK(k=4, scoring=scoring)] * 4
+        assert launches(lambda alike=alike: build_plan(alike, x.q, x.k, g, SCALE, tiles)) <= 40  # type: ignore[misc]
     simple = [AShape(128, 512), TriShape(64, 512, 64)] * 2
     assert launches(lambda: build_plan(simple, x.q, x.k, g, SCALE, tiles)) <= 15
     assert launches(lambda: dense_plan(g, tiles, "cpu")) == 0
