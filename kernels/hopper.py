@@ -28,6 +28,7 @@ from mmi_compile.kernels.launch import (
     compact_columns,
     describable,
     dtype_name,
+    group_keys,
     on_device,
     plan_features,
     row_strides,
@@ -35,6 +36,9 @@ from mmi_compile.kernels.launch import (
 from mmi_compile.kernels.plan import Plan
 from mmi_compile.kernels.render import kernel_module
 from mmi_compile.kernels.spec import Features
+
+HIDDEN = 2**31 - 1
+"""A key position that no row reaches."""
 
 WARPS = 4
 """Warps of the first partition; the second warp group and the loading warp come on top."""
@@ -88,7 +92,7 @@ def attention_hopper(
 
 def _pair_loop(plan: Plan, f: Features) -> bool:
     """False where causality cuts one key tile of every query tile, the first, and nothing else needs such a test."""
-    cut = f.has_bounds or f.has_key_padding or f.has_window or f.has_row_order
+    cut = f.has_bounds or f.has_key_padding or f.has_window or f.has_row_order or f.has_regions or f.has_key_order
     return cut or plan.block_m != plan.block_n or plan.geometry.q_offset % plan.block_n != 0
 
 
@@ -110,10 +114,10 @@ def _arguments(
     g = plan.geometry
     arguments: dict[str, Any] = {
         "tiles": plan.tiles, "lists": plan.lists, "columns": plan.columns, "list_bits": plan.list_bits,
-        "q": q, "out": out, "row_order": plan.row_order,
+        "q": q, "out": out, "row_order": plan.row_order, "column_slots": plan.column_slots,
         "q_heads": g.q_heads, "group": g.group, "heads": g.batch * g.q_heads, "query_tiles": plan.query_tiles,
-        "q_len": g.q_len, "kv_len": g.kv_len, "q_offset": g.q_offset, "window": g.window,
-        "max_columns": plan.columns.shape[-1],
+        "q_len": g.q_len, "kv_len": g.kv_len, "q_offset": g.q_offset, "window": g.window, "regions": plan.regions,
+        "beyond": plan.key_blocks, "max_columns": plan.columns.shape[-1],
         "counter": torch.zeros(1, dtype=torch.int32, device=q.device),
         # -inf * 0 would be NaN in masked pairs, and scores this small are all equal in fp32.
         "scale": max(scale * LOG2_E, 1e-30),
@@ -123,7 +127,6 @@ def _arguments(
         for letter, tensor in {"q": q, "o": out}.items():
             names = [f"stride_{letter}{axis}" for axis in "bhm"]
             arguments |= dict(zip(names, row_strides(tensor), strict=True))
-        arguments["spans"] = plan.spans()
     else:
         arguments |= {"q_desc": _descriptor(q, BLOCK_M // 2, spec), "o_desc": _descriptor(out, BLOCK_M // 2, spec)}
     if spec.has_bounds:
@@ -134,6 +137,11 @@ def _arguments(
     if spec.has_columns:
         for name, tensor in zip("kv", compact_columns(k, v, plan), strict=True):
             arguments[f"{name}_column_desc"] = _descriptor(tensor, spec.block_n, spec)
+    if plan.key_order is not None:
+        for name, tensor in zip("kv", group_keys(k, v, plan.key_order), strict=True):
+            arguments[f"{name}_group_desc"] = _descriptor(tensor, spec.block_n, spec)
+        arguments["key_positions"] = torch.where(plan.key_order < 0, HIDDEN, plan.key_order)
+        arguments["slots"] = plan.key_order.shape[-1]
     if spec.has_schedule:
         arguments["schedule"] = plan.schedule()
     return arguments
@@ -178,7 +186,8 @@ def compile_hopper_ahead(spec: HopperSpec) -> Any:
 
 
 _INT32_POINTERS = frozenset(
-    {"tiles", "counter", "schedule", "spans", "lists", "list_bits", "columns", "row_order", "kv_start", "kv_stop"}
+    {"tiles", "counter", "schedule", "lists", "list_bits", "columns", "column_slots", "key_positions"}
+    | {"row_order", "kv_start", "kv_stop"}
 )
 
 

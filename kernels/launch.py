@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mmi_compile.kernels.geometry import Geometry
-from mmi_compile.kernels.plan import Plan
+from mmi_compile.kernels.plan import RECORD, Plan
 from mmi_compile.kernels.spec import Features, padded_head_dim, supported
 
 _DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -74,6 +74,8 @@ def plan_features(plan: Plan) -> Features:
         has_bounds=g.kv_start is not None or g.kv_stop is not None or g.kv_len < g.q_len + g.q_offset,
         has_key_padding=g.key_padding is not None,
         has_window=g.window > 0,
+        has_regions=plan.regions > 1,
+        has_key_order=plan.key_order is not None,
     )
 
 
@@ -111,16 +113,20 @@ def _check_plan(plan: Plan) -> None:
     """Shapes and dtypes only, but all of them: a kernel reads beyond a tensor that is too short without noticing."""
     g, tiles = plan.geometry, plan.query_tiles
     head = (g.batch, g.q_heads)
+    if plan.key_order is not None and plan.list_bits is not None and plan.column_slots is None:
+        raise ValueError("a plan with grouped keys, columns and block lists needs column_slots")
     wanted: dict[str, tuple[int, ...]] = {
-        "tiles": (*head, tiles, 8),
+        "tiles": (*head, tiles, plan.tiles.shape[3] if plan.tiles.dim() == 5 else 1, RECORD),
         "columns": (*head, plan.columns.shape[-1]),
+        "column_slots": (*head, plan.columns.shape[-1]),
         "row_order": (*head, tiles * plan.block_m),
+        "key_order": (g.batch, 0 if plan.key_order is None else plan.key_order.shape[-1]),
     }
     for name, shape in wanted.items():
         tensor = getattr(plan, name)
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"plan.{name} is {tuple(tensor.shape)}, must be {shape}")
-    for name in ("tiles", "lists", "columns", "row_order", "list_bits"):
+    for name in ("tiles", "lists", "columns", "row_order", "list_bits", "key_order", "column_slots"):
         tensor = getattr(plan, name)
         if tensor is not None and name in ("lists", "list_bits") and tensor.dim() != 1:
             raise ValueError(f"plan.{name} is {tuple(tensor.shape)}, must be one flat row")
@@ -172,14 +178,27 @@ def int32(t: Tensor) -> Tensor:
 
 def compact_columns(k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
     """The K and V rows of each head's columns, ``[B, HQ, MAX_COLUMNS, D]`` each, in one launch."""
+    return _gathered(k, v, plan.columns, plan.geometry.group)
+
+
+def group_keys(k: Tensor, v: Tensor, key_order: Tensor) -> tuple[Tensor, Tensor]:
+    """K and V in the slots of ``key_order`` (int32 ``[B, SLOTS]``), ``[B, HKV, SLOTS, D]`` each, in one launch.
+
+    An empty slot holds a copy of some key, which no query may see.
+    """
+    return _gathered(k, v, key_order[:, None].expand(-1, k.shape[1], -1).contiguous(), 1)
+
+
+def _gathered(k: Tensor, v: Tensor, keys: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """Rows ``keys`` (int32 ``[B, heads, COUNT]``, heads = HKV * group) of k and v: ``[B, heads, COUNT, D]`` each."""
     from mmi_compile.kernels.compact_kernels import compact_columns as kernel
 
-    g, most, dim = plan.geometry, plan.columns.shape[-1], k.shape[-1]
-    buffers = torch.empty((2, g.batch, g.q_heads, most, dim), dtype=k.dtype, device=k.device)
+    batch, heads, count = keys.shape
+    dim = k.shape[-1]
+    buffers = torch.empty((2, batch, heads, count, dim), dtype=k.dtype, device=k.device)
     with on_device(k):
-        kernel[(-(-most // COMPACT_ROWS), g.batch * g.q_heads)](
-            k, v, plan.columns, buffers[0], buffers[1], *row_strides(k), *row_strides(v),
-            g.q_heads, g.group, g.kv_len, most,
+        kernel[(-(-count // COMPACT_ROWS), batch * heads)](
+            k, v, keys, buffers[0], buffers[1], *row_strides(k), *row_strides(v), heads, group, k.shape[2], count,
             HEAD_DIM=dim, BLOCK_D=padded_head_dim(dim), BLOCK_N=COMPACT_ROWS,
         )  # fmt: skip
     return buffers[0], buffers[1]

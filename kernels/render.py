@@ -23,6 +23,7 @@ from typing import TypeAlias
 import jinja2
 
 from mmi_compile.kernels.hopper_spec import HopperSpec
+from mmi_compile.kernels.plan import RECORD
 from mmi_compile.kernels.spec import KernelSpec
 
 AnySpec: TypeAlias = KernelSpec | HopperSpec
@@ -34,13 +35,13 @@ _modules: dict[str, ModuleType] = {}
 def rendered_source(spec: AnySpec) -> str:
     """The Triton source of the kernel for ``spec``; the same spec always gives the same text."""
     template = _environment().from_string(_template_text(spec.template))
-    return template.render(spec=spec, digest=digest(spec), title=_title(spec))
+    return template.render(spec=spec, digest=digest(spec), title=_title(spec), record=RECORD)
 
 
 @lru_cache(maxsize=1024)
 def digest(spec: AnySpec) -> str:
     """16 hexadecimal digits that name the spec and the template together."""
-    text = json.dumps(asdict(spec), sort_keys=True) + _template_text(spec.template)
+    text = json.dumps([asdict(spec), RECORD], sort_keys=True) + _template_text(spec.template)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -75,6 +75,8 @@ class Features:
             than positions.
         has_key_padding: single keys may be dead.
         has_window: the model has a sliding window of its own.
+        has_regions: tiles visit more than one region.
+        has_key_order: some regions have keys that are grouped by modality.
         use_descriptors: K and V tiles are read through tensor descriptors (TMA) instead of pointers.
     """
 
@@ -86,6 +88,8 @@ class Features:
     has_bounds: bool = False
     has_key_padding: bool = False
     has_window: bool = False
+    has_regions: bool = False
+    has_key_order: bool = False
     use_descriptors: bool = False
 
     def __post_init__(self) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mmi_compile.kernels.geometry import Geometry
-from mmi_compile.kernels.plan import Plan, TileRecord
+from mmi_compile.kernels.plan import RECORD, Plan
 
 
 @dataclass(frozen=True)
@@ -48,41 +48,146 @@ def random_geometry(draw: Draw, *, max_len: int = 80) -> Geometry:
     return Geometry(batch, kv_heads * group, kv_heads, q_len, kv_len, q_offset, window, kv_start, kv_stop, key_padding)
 
 
-def random_plan(seed: int, *, block_m: int = 16, block_n: int = 16, max_len: int = 80) -> Plan:
-    """A valid plan that depends on the seed alone. Entries that no tile uses hold garbage, as they may on a device."""
+def random_plan(seed: int, *, block_m: int = 16, block_n: int = 16, max_len: int = 80, regions: bool = True) -> Plan:
+    """A valid plan that depends on the seed alone. Entries that no tile uses hold garbage, as they may on a device.
+
+    Args:
+        regions: whether some plans may have several regions and keys grouped by modality.
+    """
     draw = Draw(torch.Generator().manual_seed(seed))
     g = random_geometry(draw, max_len=max_len)
     row_order, tiles = _row_order(draw, g, block_m) if draw.chance(0.5) else (None, -(-g.q_len // block_m))
-    first = _first_positions(g, row_order, tiles, block_m) // block_n
+    groups = _Groups.draw(draw, g, block_n) if regions and draw.chance(0.4) else None
+    spaces = _Spaces(g, groups, block_n)
     most_blocks = draw.integer(1, 4) if draw.chance(0.6) else 0
     most_sinks = draw.integer(1, 3) if draw.chance(0.5) else 0
     max_columns = draw.integer(1, 3 * block_n) if draw.chance(0.6) else 0
     dense = draw.chance(0.2)
+    count = 1 if groups is None else len(groups.spans[0])
     columns = torch.full((g.batch, g.q_heads, max_columns), g.kv_len, dtype=torch.int32)
-    records = torch.zeros(g.batch, g.q_heads, tiles, len(TileRecord._fields), dtype=torch.int32)
-    store = _Lists(draw, -(-g.kv_len // block_n), most_blocks)
+    column_slots = columns.clone()
+    records = torch.zeros(g.batch, g.q_heads, tiles, count, RECORD, dtype=torch.int32)
+    store = _Lists(draw, spaces.blocks, most_blocks)
     for b in range(g.batch):
         for h in range(g.q_heads):
-            sink_start = draw.integer(0, 1) if most_sinks else 0
-            sink_stop = sink_start + draw.integer(0, most_sinks)
-            free = max(0, g.kv_len - sink_stop * block_n)  # columns stand right of the sinks
-            lines = draw.subset(draw.integer(0, min(max_columns, free)), free) + sink_stop * block_n
-            columns[b, h, : len(lines)] = lines.int()
-            shared = store.share() if most_blocks and draw.chance(0.5) else None
-            for t in range(tiles):
-                window = 0 if dense else draw.integer(0, int(first[b, h, t]))
-                stop = min(sink_stop, window, store.key_blocks)
-                begin = min(sink_start, stop)
-                # Blocks and columns exist only where there are keys, also when the window starts beyond them.
-                listed = store.own(stop, window) if shared is None else shared.part(int(first[b, h, t]), stop, window)
-                used = draw.integer(0, int((lines < window * block_n).sum()))
-                records[b, h, t] = torch.tensor([window, begin, stop, *listed[:3], used, listed[3]])
+            grouped = groups is not None and draw.chance(0.7)
+            used = 0
+            for r in range(count if grouped else 1):
+                low, high = groups.spans[b][r] if groups is not None and grouped else (0, spaces.ordered_blocks)
+                sink_start = low + (draw.integer(0, 1) if most_sinks else 0)
+                sink_stop = min(high, sink_start + draw.integer(0, most_sinks))
+                sink_start = min(sink_start, sink_stop)
+                lines = spaces.columns(draw, b, grouped, sink_stop, high, max_columns - used)
+                columns[b, h, used : used + len(lines)] = spaces.position[b][int(grouped)][lines].int()
+                column_slots[b, h, used : used + len(lines)] = lines.int()
+                shared = store.share() if most_blocks and draw.chance(0.5) else None
+                for t in range(tiles):
+                    rows = _rows_of_tile(row_order, g, b, h, t, block_m)
+                    window = spaces.window(draw, b, grouped, low, high, rows, dense)
+                    stop = min(sink_stop, window[0])
+                    # Blocks and columns exist only where there are keys, also when the window starts beyond them.
+                    own = max(low, window[2])
+                    listed = store.own(stop, window[0]) if shared is None else shared.part(own, stop, window[0])
+                    inside = draw.integer(0, int((lines < window[0] * block_n).sum()))
+                    sinks = (min(sink_start, stop), stop)
+                    record = [*window, *sinks, *listed[:3], inside, used, listed[3], int(grouped)]
+                    records[b, h, t, r] = torch.tensor(record)
+                used += len(lines)
     meet = most_blocks > 0 and max_columns > 0
     return Plan(
         g, block_m, block_n, records, torch.tensor(store.entries, dtype=torch.int32), columns,
         has_sinks=most_sinks > 0, row_order=row_order,
         list_bits=torch.tensor(store.words, dtype=torch.int32) if meet else None,
+        key_order=None if groups is None else groups.order,
+        column_slots=column_slots if groups is not None else None,
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Groups:
+    """Keys grouped by a random modality: ``order [B, SLOTS]``, and the block range of every group, by batch element."""
+
+    order: Tensor
+    spans: list[list[tuple[int, int]]]
+
+    @classmethod
+    def draw(cls, draw: Draw, g: Geometry, block_n: int) -> _Groups:
+        count = draw.integer(1, 3)
+        live = g.live_keys("cpu")
+        rows, spans = [], []
+        for b in range(g.batch):
+            keys = torch.arange(g.kv_len)
+            step = draw.integer(1, 20)
+            modality = torch.randint(0, count, (g.kv_len // step + 1,), generator=draw.generator)[keys // step]
+            slots: list[int] = []
+            spans.append([])
+            for m in range(count):
+                mine = keys[(modality == m) & (live[b] if live is not None else True)].tolist()
+                begin = len(slots) // block_n
+                slots += mine + [-1] * (-len(mine) % block_n)
+                spans[-1].append((begin, len(slots) // block_n))
+            rows.append(slots)
+        size = max(block_n, *map(len, rows))
+        order = torch.full((g.batch, size), -1, dtype=torch.int32)
+        for b, slots in enumerate(rows):
+            order[b, : len(slots)] = torch.tensor(slots, dtype=torch.int32)
+        return cls(order, spans)
+
+
+class _Spaces:
+    """Positions of the slots of both key spaces, and what a tile may visit of them."""
+
+    def __init__(self, g: Geometry, groups: _Groups | None, block_n: int) -> None:
+        self.block_n = block_n
+        self.mask = g.to_mask()
+        self.ordered_blocks = -(-g.kv_len // block_n)
+        ordered = torch.full((self.ordered_blocks * block_n,), -1)
+        ordered[: g.kv_len] = torch.arange(g.kv_len)
+        self.position = [[ordered] + ([groups.order[b].long()] if groups is not None else []) for b in range(g.batch)]
+        self.blocks = max(self.ordered_blocks, 0 if groups is None else groups.order.shape[-1] // block_n)
+        self.offset = g.q_offset
+
+    def columns(self, draw: Draw, b: int, grouped: bool, low: int, high: int, most: int) -> Tensor:
+        """Random slots that hold keys, ascending, in blocks ``low ... high - 1``."""
+        slots = torch.arange(low * self.block_n, max(low, high) * self.block_n)
+        slots = slots[self.position[b][int(grouped)][slots] >= 0]
+        return slots[draw.subset(draw.integer(0, min(most, len(slots))), len(slots))]
+
+    def window(
+        self, draw: Draw, b: int, grouped: bool, low: int, high: int, rows: Tensor, dense: bool
+    ) -> tuple[int, int, int, int]:
+        """``window_start, window_left, window_full, window_stop`` in blocks of a group ``low ... high - 1``."""
+        if not len(rows) or low >= high:
+            return (low,) * 4
+        first, last = int(rows.min()) + self.offset, int(rows.max()) + self.offset
+        position = self.position[b][int(grouped)].view(-1, self.block_n)[low:high]
+        causal = ((position >= 0) & (position <= first)).all(1).int().cumprod(0)
+        seen = ((position >= 0) & (position <= last)).any(1)
+        stop = low + int(seen.nonzero().max() + 1 if seen.any() else 0)
+        full = low + int(causal.sum())  # blocks left of it are causal for every row
+        start = low if dense else draw.integer(low, full)
+        stop = max(start, stop)
+        allowed = (self.mask[b][rows][:, position.clamp(min=0)] & (position >= 0)).all(0).all(1)
+        left, right = _longest_run([n for n in range(start, stop) if allowed[n - low]], start)
+        return start, left, right, stop
+
+
+def _longest_run(numbers: list[int], default: int) -> tuple[int, int]:
+    """The longest run of consecutive ``numbers``, as a half-open range."""
+    best = (default, default)
+    for begin in numbers:
+        end = begin
+        while end in numbers:
+            end += 1
+        best = max(best, (begin, end), key=lambda run: run[1] - run[0])
+    return best
+
+
+def _rows_of_tile(row_order: Tensor | None, g: Geometry, b: int, h: int, tile: int, block_m: int) -> Tensor:
+    if row_order is None:
+        return torch.arange(tile * block_m, min((tile + 1) * block_m, g.q_len))
+    rows = row_order[b, h, tile * block_m : (tile + 1) * block_m].long()
+    return rows[rows >= 0]
 
 
 class _Lists:
@@ -150,16 +255,6 @@ def _row_order(draw: Draw, g: Geometry, block_m: int) -> tuple[Tensor, int]:
             slots = draw.subset(g.q_len, tiles * block_m)
             order[b, h, slots] = rows.int()
     return order, tiles
-
-
-def _first_positions(g: Geometry, row_order: Tensor | None, tiles: int, block_m: int) -> Tensor:
-    """Smallest position in each tile, ``[B, HQ, QT]``; 0 for an empty tile."""
-    if row_order is None:
-        first = torch.arange(tiles) * block_m + g.q_offset
-        return first.expand(g.batch, g.q_heads, tiles)
-    rows = row_order.view(g.batch, g.q_heads, tiles, block_m).long()
-    first = torch.where(rows < 0, g.q_len, rows).amin(-1) + g.q_offset
-    return torch.where(rows.amax(-1) < 0, 0, first)
 
 
 def random_qkv(seed: int, g: Geometry, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

@@ -32,7 +32,11 @@ SPARSE = Features(has_blocks=True, has_sinks=True, has_columns=True, has_block_b
 GATHERED = Features(has_sinks=True, has_columns=True, has_row_order=True)
 EVERYTHING = Features(
     has_blocks=True, has_sinks=True, has_columns=True, has_block_bits=True, has_row_order=True, has_bounds=True,
-    has_key_padding=True, has_window=True,
+    has_key_padding=True, has_window=True, has_regions=True, has_key_order=True,
+)  # fmt: skip
+REGIONS = Features(
+    has_blocks=True, has_sinks=True, has_columns=True, has_block_bits=True, has_row_order=True, has_regions=True,
+    has_key_order=True,
 )  # fmt: skip
 
 
@@ -51,7 +55,8 @@ def every_spec() -> list[HopperSpec]:
         except ValueError:
             continue
         found.append(choose_hopper_spec("bf16", 128, features=features, scheduled=features.has_row_order))
-    plain = [s for s in found if not (s.has_bounds or s.has_key_padding or s.has_window or s.has_row_order)]
+    cut = ("has_bounds", "has_key_padding", "has_window", "has_row_order", "has_regions", "has_key_order")
+    plain = [s for s in found if not any(getattr(s, name) for name in cut)]
     return found + [replace(s, pair_loop=False) for s in plain]
 
 
@@ -119,14 +124,14 @@ def test_dense_compiles_ahead_of_time(head_dim: int) -> None:
     assert_compiles(choose_hopper_spec("bf16", head_dim, pair_loop=head_dim > 128))
 
 
-@pytest.mark.parametrize("features", [SPARSE, GATHERED, EVERYTHING], ids=["sparse", "gathered", "everything"])
+@pytest.mark.parametrize("features", [SPARSE, GATHERED, REGIONS, EVERYTHING], ids=["sparse", "gathered", "regions", "everything"])
 def test_sparse_compiles_ahead_of_time(features: Features) -> None:
     assert_compiles(choose_hopper_spec("fp16", 128, features=features, scheduled=features.has_row_order))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("head_dim", [40, 64, 80, 128, 256])
-@pytest.mark.parametrize("features", [SPARSE, GATHERED, EVERYTHING], ids=["sparse", "gathered", "everything"])
+@pytest.mark.parametrize("features", [SPARSE, GATHERED, REGIONS, EVERYTHING], ids=["sparse", "gathered", "regions", "everything"])
 def test_all_head_dims_compile(features: Features, head_dim: int) -> None:
     assert_compiles(choose_hopper_spec("bf16", head_dim, features=features, scheduled=features.has_row_order))
 
@@ -163,13 +168,12 @@ def test_a_plan_with_other_tiles_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
 def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     """``attention_hopper`` on CPU tensors, with the rendered source run by the emulator."""
 
-    def gathered(k: torch.Tensor, v: torch.Tensor, plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
-        g = plan.geometry
-        index = plan.columns.clamp(0, g.kv_len - 1).long()[..., None].expand(-1, -1, -1, k.shape[-1])
-        return tuple(t.repeat_interleave(g.group, 1).gather(2, index) for t in (k, v))  # type: ignore[return-value]
+    def gathered(k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor, group: int) -> tuple[torch.Tensor, ...]:
+        index = keys.clamp(0, k.shape[2] - 1).long()[..., None].expand(-1, -1, -1, k.shape[-1])
+        return tuple(t.repeat_interleave(group, 1).gather(2, index) for t in (k, v))
 
+    monkeypatch.setattr(launch, "_gathered", gathered)
     monkeypatch.setattr(launch, "why_not", lambda q, k, v: None)
-    monkeypatch.setattr(hopper, "compact_columns", gathered)
     monkeypatch.setattr(hopper, "kernel_module", lambda spec: SimpleNamespace(attention=EmulatedKernel(spec)))
     monkeypatch.setattr(hopper, "_multiprocessors", lambda device: 3)
 
