@@ -3,12 +3,12 @@
 A pattern is a rule in tokens. It is always met with the model's own mask, counts its sinks from the first live key of
 each batch element (so left padding does not eat them) and its last rows from the last live row.
 
-    a_shape        tri_shape      vertical_slash    grid
-    #              #              #                 #
-    ##             ##             ##                ##
-    # #            # #            #.##              #.##
-    #  #           #  #           # .##             #..##
-    #   #          #####          # # .#            #..###
+    a_shape        tri_shape      vertical_slash    grid           block_topk
+    #              #              #                 #              #
+    ##             ##             ##                ##             ##
+    # #            # #            #.##              #.##           # ##
+    #  #           #  #           # .##             #..##          # ###
+    #   #          #####          # # .#            #..###         ### ##
 """
 
 from __future__ import annotations
@@ -19,6 +19,16 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
 
 from mmi_compile._suggest import did_you_mean
+
+SCORINGS = ("mean", "antidiagonal")
+"""How ``block_topk`` scores a key block."""
+
+MOST_BLOCKS = 512
+"""Key blocks that ``block_topk`` lists for a query tile at most. At a million tokens and 128 rows a tile, 512 of them
+take 16 MiB a head, which is 4.9 % of q, k and v with 28 query heads, 4 key heads and 128 half precision dimensions."""
+
+LEAST_STRIDE = 4
+"""Smallest antidiagonal stride: scores cost ``1 / (2 stride)`` of dense attention."""
 
 
 def _require(pattern: str, field: str, value: object, least: int) -> None:
@@ -128,8 +138,64 @@ class Grid(_Named):
                 raise TypeError(f"grid: {field} must be True or False, got {getattr(self, field)!r}")
 
 
-Pattern: TypeAlias = Dense | AShape | TriShape | VerticalSlash | Grid
-_KINDS: dict[str, type[Pattern]] = {kind.name: kind for kind in (Dense, AShape, TriShape, VerticalSlash, Grid)}
+@dataclass(frozen=True)
+class BlockTopK(_Named):
+    """The key blocks (``block_n`` keys of the kernel) with the best scores for each tile of query rows.
+
+    They come on top of ``sink`` and ``local``, which are as in ``a_shape`` and always kept with the tile's own blocks.
+    ``kernels/block_topk.py`` says how blocks are scored, and when a tile lists fewer than ``k`` or becomes dense.
+
+    Attributes:
+        k: key blocks for each query tile, at most ``MOST_BLOCKS``.
+        mass: recall target between 0 and 1 instead of ``k``: the fewest blocks which, with the sinks and the window,
+            reach that share of all block scores. What lists may hold is fixed by the number of keys; a tile that needs
+            more becomes dense.
+        scoring: ``"mean"`` for mean-pooled queries and keys (block-sparse heads of MInference, section 3.2), or
+            ``"antidiagonal"`` for sums along strided antidiagonals (XAttention, section 2.1).
+        stride: tokens in a group of the antidiagonal scoring; ``"mean"`` has no use for it.
+        local, sink: tokens, as in ``a_shape``.
+    """
+
+    k: int | None = None
+    mass: float | None = None
+    scoring: str = "mean"
+    stride: int = 16
+    local: int = 128
+    sink: int = 128
+    name: ClassVar[str] = "block_topk"
+
+    def __post_init__(self) -> None:
+        if (self.k is None) == (self.mass is None):
+            raise ValueError(f"block_topk: k is {self.k} and mass is {self.mass}; give exactly one of them")
+        if self.k is not None:
+            _require(self.name, "k", self.k, 1)
+            if self.k > MOST_BLOCKS:
+                raise ValueError(
+                    f"block_topk: k is {self.k}; give {MOST_BLOCKS} or less (lists of more blocks would take more than "
+                    "5 % of the memory of q, k and v)"
+                )
+        if self.mass is not None:
+            if isinstance(self.mass, bool) or not isinstance(self.mass, float):
+                raise TypeError(f"block_topk: mass must be a float (a share such as 0.95), got {self.mass!r}")
+            if not 0 < self.mass < 1:
+                raise ValueError(f"block_topk: mass is {self.mass}; give a share between 0 and 1, or take dense for 1")
+        if self.scoring not in SCORINGS:
+            raise ValueError(f"block_topk: unknown scoring {self.scoring!r}{did_you_mean(str(self.scoring), SCORINGS)}")
+        _require(self.name, "stride", self.stride, LEAST_STRIDE)
+        _require(self.name, "local", self.local, 1)
+        _require(self.name, "sink", self.sink, 0)
+
+    def describe(self) -> str:
+        """For example ``block_topk(k=64, mean, local=128, sink=128)``."""
+        size = f"k={self.k}" if self.mass is None else f"mass={self.mass}"
+        scoring = self.scoring if self.scoring == "mean" else f"{self.scoring}, stride={self.stride}"
+        return f"{self.name}({size}, {scoring}, local={self.local}, sink={self.sink})"
+
+
+Pattern: TypeAlias = Dense | AShape | TriShape | VerticalSlash | Grid | BlockTopK
+_KINDS: dict[str, type[Pattern]] = {
+    kind.name: kind for kind in (Dense, AShape, TriShape, VerticalSlash, Grid, BlockTopK)
+}
 
 
 def from_json(data: Mapping[str, Any]) -> Pattern:

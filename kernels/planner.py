@@ -3,7 +3,8 @@
 1. ``estimate_rules``: each head's pattern, and what the probe says about it, become ``HeadRules``: one form for all
    patterns, in tokens. It is the exact meaning of a pattern on one input.
 2. ``lower_rules``: rules become the tiles of a ``Plan``: local windows become ``window_start``, sinks a run of blocks,
-   diagonals one list of block offsets per head, key lines columns, query lines a row order with dense tiles.
+   diagonals one list of block offsets per head, chosen blocks a list per tile, key lines columns, query lines a row
+   order with dense tiles.
 
 The law (section 2 of the design): ``rules and model mask <= plan.to_mask() <= model mask``, every live row non-empty.
 All heads go through the same few dozen small tensor operations, since on a GPU each of them is a launch.
@@ -18,11 +19,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mmi_compile.kernels.block_topk import BlockRules
 from mmi_compile.kernels.frames import TileFrame, TileShape, constant, has_padding, ramp, remembered, tile_frame
 from mmi_compile.kernels.geometry import Geometry
 from mmi_compile.kernels.patterns import Pattern
 from mmi_compile.kernels.plan import Plan, TileRecord
-from mmi_compile.kernels.rules import HeadRules, estimate_rules
+from mmi_compile.kernels.rules import HeadRules, estimate_rules, sink_end, window_start
 
 __all__ = [
     "HeadRules", "Lowered", "TileShape", "block_offsets", "build_plan", "dense_plan", "list_size", "lower",
@@ -112,10 +114,11 @@ class Lowered:
 
 @dataclass(frozen=True)
 class _Lists:
-    """Block lists of all tiles: the fields of ``TileRecord`` int32 ``[B, HQ, QT]`` (start ``0`` where not listed)."""
+    """Block lists of all tiles, and the fields of ``TileRecord``, int32, broadcastable to ``[B, HQ, QT]``."""
 
     num_blocks: Tensor
     list_start: Tensor
+    list_base: Tensor
     entries: Tensor
 
 
@@ -141,16 +144,18 @@ def lower(
     g, bn, device = geometry, tiles.block_n, rules.local.device
     order, frame, on_line = (None, frame, None) if frame is not None else _rows(rules, g, tiles, device)
     shape = (g.batch, g.q_heads, frame.low.shape[-1])
-    start = _window_start(rules, frame, on_line, bn).expand(shape)
+    start = window_start(rules.local, frame, _dense_tiles(rules, frame, on_line, g.q_heads), bn).expand(shape)
     has_sinks = max(rules.sink) > 0
     zero = frame.zero
     # Lists begin where sinks end; left of `first` there is nothing for a tile.
-    sink_end, sink_key = _sink_end(rules.sink, frame, bn) if has_sinks else (zero.expand(1, 1, 1), None)
-    begin = sink_end if frame.first_is_zero else torch.maximum(frame.first, sink_end)
+    end, sink_key = sink_end(rules.sink, frame, bn) if has_sinks else (zero.expand(1, 1, 1), None)
+    begin = end if frame.first_is_zero else torch.maximum(frame.first, end)
     sink_stop = torch.minimum(begin, start) if has_sinks or not frame.first_is_zero else zero
     if diagonals is None and rules.distances is not None and rules.distances.shape[-1]:
         diagonals = _block_diagonals(rules, g, tiles, order is not None)
     lists = None if diagonals is None else _list_blocks(diagonals, sink_stop, start, frame.base)
+    if rules.blocks is not None:
+        lists = _with_blocks(lists, rules.blocks, sink_stop, start, zero)
     bits = None
     columns = torch.empty(*shape[:2], 0, dtype=torch.int32, device=device)
     num_columns = zero
@@ -163,7 +168,7 @@ def lower(
         sink_stop=sink_stop,
         num_blocks=zero if lists is None else lists.num_blocks,
         list_start=zero if lists is None else lists.list_start,
-        list_base=zero if lists is None else frame.base,
+        list_base=zero if lists is None else lists.list_base,
         num_columns=num_columns,
         bits_start=zero if bits is None else _head_starts(g.batch, g.q_heads, bits.shape[-1], device),
     )
@@ -186,30 +191,28 @@ def _head_starts(batch: int, heads: int, size: int, device: torch.device) -> Ten
     return ramp(batch * heads, device, step=size).view(batch, heads, 1)
 
 
-def _window_start(rules: HeadRules, frame: TileFrame, on_line: Tensor | None, block_n: int) -> Tensor:
-    """First key block of each window, int32, broadcastable to ``[B, HQ, QT]``."""
-    start = (frame.after - rules.local[..., None]).clamp(min=0) // block_n
+def _dense_tiles(rules: HeadRules, frame: TileFrame, on_line: Tensor | None, heads: int) -> Tensor | None:
+    """Tiles whose rows keep every key, bool, broadcastable to ``[B, HQ, QT]``; None when there is none."""
     dense = on_line
     if rules.last is not None:
         last = rules.last[..., None]
         is_last = (frame.high >= frame.live_end - last) & (frame.low < frame.live_end) & (last > 0)
         dense = is_last if dense is None else dense | is_last
-    if dense is not None:
-        start = start.masked_fill(dense, 0)
-    if not frame.first_is_zero:
-        start = torch.maximum(start, frame.first)
-    return start if frame.latest_is_base else torch.minimum(start, frame.latest)
+    if rules.blocks is not None and rules.blocks.whole is not None:
+        whole = rules.blocks.whole
+        everyone = torch.zeros(whole.shape[0], heads, whole.shape[2], dtype=torch.bool, device=whole.device)
+        whole = _of_block_heads(everyone, rules.blocks, whole)
+        dense = whole if dense is None else dense | whole
+    return dense
 
 
-def _sink_end(sinks: tuple[int, ...], frame: TileFrame, block_n: int) -> tuple[Tensor, Tensor]:
-    """One past the last sink block of each head, and its first key; int32 ``[1 or B, 1 or HQ, 1]``, 0 without sinks."""
-    device = frame.low.device
-    if frame.first_is_zero:
-        ends = tuple(-(-sink // block_n) for sink in sinks)
-        return constant(ends, device)[:, None], constant(tuple(end * block_n for end in ends), device)[:, None]
-    sink = constant(sinks, device)[:, None]
-    end = torch.where(sink > 0, (frame.origin + sink + (block_n - 1)) // block_n, 0)
-    return end, end * block_n
+def _of_block_heads(x: Tensor, blocks: BlockRules, values: Tensor | int) -> Tensor:
+    """``x [B, HQ, QT]`` with the heads of ``blocks`` replaced by ``values``."""
+    if isinstance(values, int):
+        return x.index_fill(1, constant(blocks.heads, x.device, torch.int64), values)
+    if len(blocks.heads) == x.shape[1]:
+        return values
+    return x.index_copy(1, constant(blocks.heads, x.device, torch.int64), values)
 
 
 def _rows(
@@ -303,7 +306,37 @@ def _list_blocks(diagonals: Tensor, begin: Tensor, window_start: Tensor, base: T
     found = torch.searchsorted(entries, limits.flatten(2), out_int32=True).view_as(limits)
     skipped = found[:, :, 0]
     starts = _head_starts(batch, heads, size, diagonals.device)
-    return _Lists(found[:, :, 1] - skipped, skipped + starts, entries.flatten())
+    return _Lists(found[:, :, 1] - skipped, skipped + starts, base, entries.flatten())
+
+
+def _with_blocks(
+    shared: _Lists | None, blocks: BlockRules, begin: Tensor, window_start: Tensor, zero: Tensor
+) -> _Lists:
+    """The lists of heads whose tiles have one each, behind those that the tiles of other heads share.
+
+    Args:
+        begin, window_start: int32, broadcastable to and ``[B, HQ, QT]``.
+    """
+    shape, device = window_start.shape, window_start.device
+    limits = torch.stack([begin.expand(shape), window_start], -1)  # [B, HQ, QT, 2]
+    if len(blocks.heads) < shape[1]:
+        limits = limits.index_select(1, constant(blocks.heads, device, torch.int64))
+    skipped, end = torch.searchsorted(blocks.entries, limits, out_int32=True).unbind(-1)
+    count, width = end - skipped, blocks.entries.shape[-1]
+    before = 0 if shared is None else shared.entries.numel()
+    starts = ramp(count.numel(), device, start=before, step=width).view(count.shape)
+    entries = blocks.entries.flatten()
+    if shared is None:
+        rest = zero.expand(shape)
+        return _Lists(
+            _of_block_heads(rest, blocks, count), _of_block_heads(rest, blocks, skipped + starts), zero, entries
+        )
+    return _Lists(
+        num_blocks=_of_block_heads(shared.num_blocks, blocks, count),
+        list_start=_of_block_heads(shared.list_start, blocks, skipped + starts),
+        list_base=_of_block_heads(shared.list_base.expand(shape), blocks, 0),
+        entries=torch.cat([shared.entries, entries]),
+    )
 
 
 _POWERS = (*(1 << bit for bit in range(31)), -(1 << 31))

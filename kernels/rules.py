@@ -9,9 +9,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from mmi_compile.kernels.frames import TileShape, constant, first_live_key, keep, ramp
+from mmi_compile.kernels.block_topk import BlockRules, select_blocks
+from mmi_compile.kernels.frames import TileFrame, TileShape, constant, first_live_key, keep, ramp, tile_frame
 from mmi_compile.kernels.geometry import Geometry
-from mmi_compile.kernels.patterns import Dense, Grid, Pattern, TriShape, VerticalSlash
+from mmi_compile.kernels.patterns import BlockTopK, Dense, Grid, Pattern, TriShape, VerticalSlash
 from mmi_compile.kernels.probe import Probe, best_phase, last_live_position, run_probe
 
 MIN_STRIDE = 16
@@ -30,7 +31,7 @@ class HeadRules:
 
     Pair ``(i, j)`` of head ``h`` is kept when ``j`` is one of the first ``sink`` keys from the first live one, or
     ``i - j < local``, or ``j`` is one of ``columns``, or ``i - j`` one of ``distances``, or row ``i`` is one of the
-    ``last`` live rows or a query line, ``i % line_stride == line_phase``.
+    ``last`` live rows or a query line, ``i % line_stride == line_phase``, or the tile of the row keeps the key's block.
 
     Attributes:
         sink: one number per head, or one for all of them.
@@ -39,6 +40,7 @@ class HeadRules:
         distances: integers ``[B, HQ, S]`` or None: distances below ``q_len + q_offset``, negative where there is none.
         line_stride, line_phase: int32 ``[B, HQ]`` or None; phase -1 for a head without query lines.
         line_gap: fewest rows from one query line to the next.
+        blocks: key blocks of each tile, for heads without distances and query lines; None for no head.
     """
 
     sink: tuple[int, ...]
@@ -49,6 +51,7 @@ class HeadRules:
     line_stride: Tensor | None = None
     line_phase: Tensor | None = None
     line_gap: int = 1
+    blocks: BlockRules | None = None
 
     def to_mask(self, geometry: Geometry) -> Tensor:
         """The kept pairs that the model allows, bool ``[B, HQ, q_len, kv_len]``. Quadratic: for tests."""
@@ -67,7 +70,35 @@ class HeadRules:
             keep = keep | _members(self.distances, g.q_len + g.q_offset)[..., (i - j).clamp(min=0)]
         if self.line_stride is not None and self.line_phase is not None:
             keep = keep | (i % self.line_stride[..., None, None] == self.line_phase[..., None, None])
+        if self.blocks is not None:
+            keep = keep.expand(g.batch, g.q_heads, -1, -1).clone()
+            keep[:, list(self.blocks.heads)] |= self.blocks.to_mask(g)
         return keep & g.to_mask(device)[:, None]
+
+
+def sink_end(sinks: tuple[int, ...], frame: TileFrame, block_n: int) -> tuple[Tensor, Tensor]:
+    """One past the last sink block of each head, and its first key; int32 ``[1 or B, 1 or HQ, 1]``, 0 without sinks."""
+    device = frame.low.device
+    if frame.first_is_zero:
+        ends = tuple(-(-sink // block_n) for sink in sinks)
+        return constant(ends, device)[:, None], constant(tuple(end * block_n for end in ends), device)[:, None]
+    sink = constant(sinks, device)[:, None]
+    end = torch.where(sink > 0, (frame.origin + sink + (block_n - 1)) // block_n, 0)
+    return end, end * block_n
+
+
+def window_start(local: Tensor, frame: TileFrame, dense: Tensor | None, block_n: int) -> Tensor:
+    """First key block of each window, int32, broadcastable to ``[B, HQ, QT]``.
+
+    Args:
+        local: as in ``HeadRules``. dense: tiles that keep every key, bool, likewise broadcastable; None for none.
+    """
+    start = (frame.after - local[..., None]).clamp(min=0) // block_n
+    if dense is not None:
+        start = start.masked_fill(dense, 0)
+    if not frame.first_is_zero:
+        start = torch.maximum(start, frame.first)
+    return start if frame.latest_is_base else torch.minimum(start, frame.latest)
 
 
 def _members(entries: Tensor, size: int) -> Tensor:
@@ -120,7 +151,22 @@ def estimate_rules(
         line_stride=_spread(lines[:1], g, 1, squeeze=True),
         line_phase=_spread(lines[1:], g, -1, squeeze=True),
         line_gap=heads.line_gap,
+        blocks=_block_rules(patterns, heads.blocks, q, k, g, scale, tiles) if heads.blocks else None,
     )
+
+
+def _block_rules(
+    patterns: Sequence[Pattern], heads: tuple[int, ...], q: Tensor, k: Tensor, geometry: Geometry, scale: float,
+    tiles: TileShape,
+) -> BlockRules:  # fmt: skip
+    """The best blocks between the sinks and the window of each tile of ``heads``."""
+    chosen = [p for p in patterns if isinstance(p, BlockTopK)]
+    frame, everything = tile_frame(geometry, tiles, q.device), geometry.q_len + geometry.q_offset
+    start = window_start(constant(_sizes(chosen, "local", 1, everything), q.device)[None], frame, None, tiles.block_n)
+    begin = sink_end(_sizes(chosen, "sink", 0, everything), frame, tiles.block_n)[0]
+    if not frame.first_is_zero:
+        begin = torch.maximum(begin, frame.first)
+    return select_blocks(chosen, heads, q, k, geometry, scale, tiles, begin, start)
 
 
 @dataclass(frozen=True)
@@ -130,6 +176,7 @@ class _Heads:
     probed: tuple[int, ...]
     slash: tuple[int, ...]
     grid: tuple[int, ...]
+    blocks: tuple[int, ...]
     strides: tuple[tuple[int | None, tuple[int, ...]], ...]
     least_stride: int
     same_phase: bool
@@ -153,6 +200,7 @@ def _sorted_heads(patterns: tuple[Pattern, ...]) -> _Heads:
         probed=tuple(sorted((*slash, *grids))),
         slash=slash,
         grid=tuple(h for _, heads in strides for h in heads),
+        blocks=tuple(h for h, p in enumerate(patterns) if isinstance(p, BlockTopK)),
         strides=strides,
         least_stride=min((p.stride or MIN_STRIDE for p in grids.values()), default=1),
         same_phase=any(p.same_phase for p in grids.values()),

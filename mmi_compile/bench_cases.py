@@ -43,6 +43,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "tri_shape": {"sink": 128, "local": 4096, "last": 128},
     "grid": {"stride": 256, "sink": 0, "local": 1024},
     "vertical_slash": {"n_vertical": 1000, "n_slash": 1024},
+    "block_topk": {"k": 64},
 }
 
 
@@ -139,8 +140,6 @@ def _parse_case(word: str) -> Case:
     kinds = _pattern_kinds()
     if name in ("mix", "adaptive") and read and read[2] is None:
         return Case(word, name)
-    if name == "block_topk" and name not in kinds:
-        return Case(word, name, reason="this version has no block_topk pattern")
     if read is None or name not in kinds:
         raise CaseError(f"unknown case {word!r}{did_you_mean(name, [*kinds, 'mix', 'adaptive'])}")
     return Case(word, name, _parse_pattern(kinds[name], name, read[2] or ""))
@@ -160,8 +159,9 @@ def _parse_pattern(kind: type[Pattern], name: str, text: str) -> Pattern:
         if key not in fields:
             raise CaseError(f"{name} has no option {key or word!r}{did_you_mean(key or word, fields)}")
         given[key] = _value(value.strip())
+    defaults = {} if "mass" in given else _DEFAULTS.get(name, {})  # a recall target takes the place of a number
     try:
-        return kind(**{**_DEFAULTS.get(name, {}), **given})
+        return kind(**{**defaults, **given})
     except (TypeError, ValueError) as error:
         raise CaseError(str(error)) from None
 

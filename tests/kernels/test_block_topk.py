@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmi_compile.kernels import block_topk
-from mmi_compile.kernels.block_topk import list_width
+from mmi_compile.kernels.block_topk import block_masses, list_width
 from mmi_compile.kernels.cpu import attention_cpu
 from mmi_compile.kernels.geometry import Geometry
 from mmi_compile.kernels.patterns import MOST_BLOCKS, AShape, BlockTopK, Grid, VerticalSlash
@@ -121,6 +121,21 @@ def check_choice(pattern: BlockTopK, q: Tensor, k: Tensor, g: Geometry, tiles: T
                 free = range(int(record.sink_stop[b, h, t]), int(record.window_start[b, h, t]))
                 whole = rules.whole is not None and bool(rules.whole[b, h, t])
                 assert_chosen(pattern, masses[b, t], free, listed, whole, near)
+
+
+@given(geometries(max_len=45), tile_shapes(), block_topks(), st.integers(0, 99))
+def test_masses_are_the_shares_of_scores_made_pair_by_pair(
+    geometry: Geometry, tiles: TileShape, pattern: BlockTopK, seed: int
+) -> None:
+    g, x = geometry, random_inputs(geometry, seed=seed, sharpness=2.0)
+    heads = tuple(range(g.q_heads))
+    expected = torch.stack(
+        [reference_masses(x.q[:, h], x.k[:, h // g.group], g, SCALE, tiles, pattern) for h in heads], 1
+    )
+    got = torch.zeros_like(expected)
+    for slots, part, masses in block_masses([pattern] * g.q_heads, heads, x.q, x.k, g, SCALE, tiles):
+        got[:, slots, part.start : part.stop, : masses.shape[-1]] = masses
+    torch.testing.assert_close(got, expected)
 
 
 @given(geometries(max_len=45), tile_shapes(), block_topks(), st.integers(0, 99))
