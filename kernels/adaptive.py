@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mmi_compile.kernels.frames import TileShape, ramp, remembered
 from mmi_compile.kernels.geometry import Geometry
-from mmi_compile.kernels.plan import Plan, TileRecord
+from mmi_compile.kernels.plan import RECORD, Plan, TileRecord
 from mmi_compile.kernels.planner import Lowered, dense_plan, lower, make_dense
 from mmi_compile.kernels.probe import run_probe
 from mmi_compile.kernels.search import (
@@ -47,12 +47,14 @@ __all__ = [
 PATTERN_NAMES = ("dense", "a_shape", "vertical_slash", "grid")
 """Names of the codes in ``HeadChoice.pattern``."""
 
-_BLOCKS, _COLUMNS = TileRecord._fields.index("num_blocks"), TileRecord._fields.index("num_columns")
+_START, _SINKS, _BLOCKS, _COLUMNS = (
+    TileRecord._fields.index(name) for name in ("window_start", "sink_stop", "num_blocks", "num_columns")
+)
 
 
 class Tried(NamedTuple):
-    """The cheapest candidate of each head, ``[B, HQ]``, before it was measured; ``most`` is ``[B, HQ, 8]``, the largest
-    of each field of its records."""
+    """The cheapest candidate of each head, ``[B, HQ]``, before it was measured; ``most`` is ``[B, HQ,
+    RECORD]``, the largest of each field of its records."""
 
     pattern: Tensor
     recall: Tensor
@@ -171,7 +173,7 @@ def adaptive_plan(
         sparse=sparse,
         density=torch.where(which, frame.dense_work, work).sum(-1) / frame.full,
         positions=g.q_len + g.q_offset,
-        tried=Tried(found.pattern, measured, found.rules.local, plan.tiles.amax(2), found.stride),
+        tried=Tried(found.pattern, measured, found.rules.local, plan.tiles[..., 0, :].amax(2), found.stride),
     )
     return make_dense(plan, which, frame.tiles), choice
 
@@ -183,14 +185,15 @@ def measure_recall(lowered: Lowered, search: Search) -> Tensor:
     row is live.
     """
     plan, frame, mass = lowered.plan, search.frame, search.mass
+    records = plan.tiles[..., 0, :]
     if frame.first_tile is None:
-        tiles = plan.tiles.gather(2, frame.tile[..., None].expand(*mass.shape[:3], plan.tiles.shape[-1]))
+        tiles = records.gather(2, frame.tile[..., None].expand(*mass.shape[:3], RECORD))
     else:
-        tiles = plan.tiles[:, :, frame.first_tile : frame.first_tile + mass.shape[2]]
-    tiles = tiles[..., None, :]  # [B, HQ, PT, 1, 8]
+        tiles = records[:, :, frame.first_tile : frame.first_tile + mass.shape[2]]
+    tiles = tiles[..., None, :]  # [B, HQ, PT, 1, RECORD]
     block = ramp(mass.shape[-1], mass.device)
     # Blocks left of the sinks and diagonals left of what a tile may see hold no mass.
-    visited = (block >= tiles[..., 0]) | (block < tiles[..., 2])
+    visited = (block >= tiles[..., _START]) | (block < tiles[..., _SINKS])
     if lowered.diagonals is not None:
         ahead = frame.ahead.expand(*mass.shape)
         visited = visited | lowered.diagonals[:, :, None].expand(*mass.shape[:3], -1).gather(-1, ahead)
@@ -207,7 +210,7 @@ def measure_recall(lowered: Lowered, search: Search) -> Tensor:
 
 def _work(plan: Plan, frame: ProbeFrame) -> Tensor:
     """``plan.work()`` for rows in order, with what lengths decide taken from the frame; int32 ``[B, HQ, QT]``."""
-    r, bn = plan.record, plan.block_n
+    r, bn = TileRecord(*plan.tiles[..., 0, :].unbind(-1)), plan.block_n
     work = frame.tiles.stop - r.window_start
     if not frame.tiles.latest_is_base:
         work = work.clamp(min=0)
@@ -228,5 +231,5 @@ def _without_rows(geometry: Geometry, tiles: TileShape, device: torch.device) ->
     plan = dense_plan(geometry, tiles, device)
     none = torch.zeros(geometry.batch, geometry.q_heads, dtype=torch.int64, device=device)
     ones = torch.ones(none.shape, device=device)
-    most = torch.zeros(*none.shape, len(TileRecord._fields), dtype=torch.int32, device=device)
+    most = torch.zeros(*none.shape, RECORD, dtype=torch.int32, device=device)
     return plan, HeadChoice(none.bool(), ones, geometry.q_offset, Tried(none, ones, none, most, none))

@@ -41,7 +41,9 @@ class TileFrame:
         base: key block that holds ``low``.
         first: first key block that holds a key which some row may see.
         latest: last key block at which a window may start and still hold a key of every live row.
-        stop: one past the last key block that some row may see.
+        left, full, stop: the model allows every pair of the key blocks ``left ... full - 1`` (``full`` may be less
+            than ``left``, and ``left`` is None where it is 0 throughout); ``stop`` is one past the last key block that
+            some row may see.
         origin: first live key ``[1 or B, 1, 1]``; live_end: one past the last live position, likewise.
         after: one past ``low``; zero: a scalar.
         first_is_zero: whether ``first`` and ``origin`` are 0 throughout, known on the host.
@@ -53,6 +55,8 @@ class TileFrame:
     base: Tensor
     first: Tensor
     latest: Tensor
+    left: Tensor | None
+    full: Tensor
     stop: Tensor
     origin: Tensor
     live_end: Tensor
@@ -75,7 +79,9 @@ class TileFrame:
             base=low // block_n,
             first=_first_visible(low, origin, g) // block_n,
             latest=_latest_window_start(low, origin, g) // block_n,
-            stop=high.clamp(max=g.kv_len - 1) // block_n + 1,
+            left=_first_whole(high, origin, g, block_n),
+            full=_whole_until(low, g, block_n),
+            stop=_seen_until(high, g, block_n),
             origin=origin,
             live_end=live_end,
             after=low + 1,
@@ -138,6 +144,34 @@ def _latest_window_start(low: Tensor, origin: Tensor, geometry: Geometry) -> Ten
         nearest = nearest.expand(g.batch, *nearest.shape[1:])
         nearest = latest.gather(-1, nearest.clamp(min=0).flatten(1).long()).view_as(nearest)
     return torch.minimum(nearest.clamp(min=0), low)
+
+
+def _first_whole(high: Tensor, origin: Tensor, geometry: Geometry, block_n: int) -> Tensor | None:
+    """The first key block that neither the live range nor a sliding window cuts, as far as its left edge goes."""
+    g = geometry
+    if not g.window and not has_padding(g):
+        return None
+    edge = torch.maximum(origin, high - (g.window - 1)) if g.window else origin
+    return (edge.clamp(min=0) + (block_n - 1)) // block_n
+
+
+def _whole_until(low: Tensor, geometry: Geometry, block_n: int) -> Tensor:
+    """One past the last key block that every row sees whole, as far as its right edge goes."""
+    g = geometry
+    if g.key_padding is not None:
+        return torch.zeros_like(low).expand(g.batch, *low.shape[1:])  # any key may be dead
+    end = (low + 1).clamp(max=g.kv_len)
+    if g.kv_stop is not None:
+        end = torch.minimum(end, g.kv_stop.to(low.device, torch.int32)[:, None, None])
+    return end // block_n
+
+
+def _seen_until(high: Tensor, geometry: Geometry, block_n: int) -> Tensor:
+    g = geometry
+    end = (high + 1).clamp(max=g.kv_len)
+    if g.kv_stop is not None:
+        end = torch.minimum(end, g.kv_stop.to(high.device, torch.int32)[:, None, None])
+    return (end + (block_n - 1)) // block_n
 
 
 def remembered(

@@ -23,7 +23,7 @@ from mmi_compile.kernels.block_topk import BlockRules
 from mmi_compile.kernels.frames import TileFrame, TileShape, constant, has_padding, ramp, remembered, tile_frame
 from mmi_compile.kernels.geometry import Geometry
 from mmi_compile.kernels.patterns import Pattern
-from mmi_compile.kernels.plan import Plan, TileRecord
+from mmi_compile.kernels.plan import RECORD, Plan, TileRecord
 from mmi_compile.kernels.rules import HeadRules, estimate_rules, sink_end, window_start
 
 __all__ = [
@@ -64,7 +64,7 @@ def _dense_plan(geometry: Geometry, tiles: TileShape, device: torch.device) -> P
         geometry=g,
         block_m=tiles.block_m,
         block_n=tiles.block_n,
-        tiles=_dense_records(frame).expand(*head, -1, -1).contiguous(),
+        tiles=_dense_records(frame).expand(*head, -1, -1, -1).contiguous(),
         lists=torch.empty(0, dtype=torch.int32, device=device),
         columns=torch.empty(*head, 0, dtype=torch.int32, device=device),
         has_sinks=False,
@@ -72,9 +72,17 @@ def _dense_plan(geometry: Geometry, tiles: TileShape, device: torch.device) -> P
 
 
 def _dense_records(frame: TileFrame) -> Tensor:
-    """Records of dense tiles, int32 ``[1 or B, 1 or HQ, QT, 8]``."""
-    start = torch.minimum(frame.first, frame.latest)
-    return torch.nn.functional.pad(start[..., None], (0, len(TileRecord._fields) - 1))
+    """Records of dense tiles, int32 ``[1 or B, 1 or HQ, QT, 1, RECORD]``."""
+    edges = torch.stack(torch.broadcast_tensors(*_window(torch.minimum(frame.first, frame.latest), frame)), -1)
+    return torch.nn.functional.pad(edges, (0, RECORD - 4))[..., None, :]
+
+
+def _window(start: Tensor, frame: TileFrame) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``window_start, window_left, window_full, window_stop`` of windows that begin at ``start``."""
+    stop = torch.maximum(frame.stop, start)
+    full = torch.maximum(frame.full, start)  # never beyond `stop`: what all rows see, some row sees
+    left = start if frame.left is None else torch.minimum(torch.maximum(frame.left, start), full)
+    return start, left, full, stop
 
 
 def make_dense(plan: Plan, which: Tensor, frame: TileFrame | None = None) -> Plan:
@@ -90,7 +98,7 @@ def make_dense(plan: Plan, which: Tensor, frame: TileFrame | None = None) -> Pla
         records = remembered(_records_in_order, g, shape, plan.tiles.device)
     else:
         records = _dense_records(_ordered_frame(plan.row_order, g, shape))
-    return dataclasses.replace(plan, tiles=torch.where(which[..., None], records, plan.tiles))
+    return dataclasses.replace(plan, tiles=torch.where(which[..., None, None], records, plan.tiles))
 
 
 def _records_in_order(geometry: Geometry, tiles: TileShape, device: torch.device) -> Tensor:
@@ -163,20 +171,22 @@ def lower(
         columns, num_columns = _columns(rules.columns, sink_key, start, g, bn)
         bits = None if diagonals is None else _bits(diagonals)
     record = TileRecord(
-        window_start=start,
+        *_window(start, frame),
         sink_start=zero if frame.first_is_zero else torch.minimum(frame.first, sink_stop),
         sink_stop=sink_stop,
         num_blocks=zero if lists is None else lists.num_blocks,
         list_start=zero if lists is None else lists.list_start,
         list_base=zero if lists is None else lists.list_base,
         num_columns=num_columns,
+        column_start=zero,
         bits_start=zero if bits is None else _head_starts(g.batch, g.q_heads, bits.shape[-1], device),
+        grouped=zero,
     )
     plan = Plan(
         geometry=g,
         block_m=tiles.block_m,
         block_n=bn,
-        tiles=torch.stack([field.expand(shape) for field in record], -1),
+        tiles=torch.stack([field.expand(shape) for field in record], -1)[..., None, :],
         lists=torch.empty(0, dtype=torch.int32, device=device) if lists is None else lists.entries,
         columns=columns,
         has_sinks=has_sinks,
@@ -248,7 +258,9 @@ def _lines_first(stride: Tensor, phase: Tensor, geometry: Geometry, block_m: int
 def _ordered_frame(order: Tensor, geometry: Geometry, tiles: TileShape) -> TileFrame:
     rows = order.view(*order.shape[:2], -1, tiles.block_m)
     low = torch.where(rows < 0, geometry.q_len, rows).amin(-1) + geometry.q_offset
-    return TileFrame.of(low, rows.amax(-1) + geometry.q_offset, geometry, tiles.block_n)
+    last = rows.amax(-1)
+    high = torch.where(last < 0, -1, last + geometry.q_offset)  # an empty tile sees nothing
+    return TileFrame.of(low, high, geometry, tiles.block_n)
 
 
 def block_offsets(

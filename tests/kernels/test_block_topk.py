@@ -21,7 +21,7 @@ from mmi_compile.kernels.planner import TileShape, build_plan
 from mmi_compile.kernels.reference import attention_reference, probabilities_reference
 from mmi_compile.kernels.rules import estimate_rules
 from mmi_compile.kernels.structured import Structure, structured_qkv
-from tests.kernels.test_planner import assert_invariants, block_topks
+from tests.kernels.test_planner import assert_invariants, block_topks, only_region
 from tests.strategies import geometries, random_inputs, tile_shapes
 
 SCALE = 0.3
@@ -110,7 +110,7 @@ def assert_chosen(pattern: BlockTopK, masses: Tensor, free: range, chosen: list[
 def check_choice(pattern: BlockTopK, q: Tensor, k: Tensor, g: Geometry, tiles: TileShape, near: float) -> None:
     chosen = [pattern] * g.q_heads
     rules = estimate_rules(chosen, q, k, g, SCALE, tiles).blocks
-    record = build_plan([AShape(pattern.sink, pattern.local)] * g.q_heads, q, k, g, SCALE, tiles).record
+    record = only_region(build_plan([AShape(pattern.sink, pattern.local)] * g.q_heads, q, k, g, SCALE, tiles))
     assert rules is not None
     for h in range(g.q_heads):
         masses = reference_masses(q[:, h], k[:, h // g.group], g, SCALE, tiles, pattern)
@@ -232,7 +232,7 @@ def test_a_tile_that_needs_more_than_the_cap_is_dense() -> None:
     x = random_inputs(g, sharpness=0.01)  # attention is nearly uniform
     plan = build_plan([BlockTopK(mass=0.9, local=1, sink=16)], x.q, x.k, g, SCALE, tiles)
     assert_invariants(plan)
-    r, cap = plan.record, 10
+    r, cap = only_region(plan), 10
     assert (r.window_start[0, 0, 15:] == 0).all()
     assert (r.num_blocks[0, 0, 15:] == 0).all()
     assert (r.num_blocks <= cap).all()
@@ -332,7 +332,7 @@ def test_other_heads_keep_their_shared_lists() -> None:
     mixed = build_plan([slash, BlockTopK(k=4, local=16, sink=16), slash], x.q, x.k, g, SCALE, tiles)
     assert_invariants(mixed)
     assert torch.equal(alone.to_mask()[:, ::2], mixed.to_mask()[:, ::2])
-    assert (mixed.record.list_base[0, 1] == 0).all()
-    assert (mixed.record.num_columns[0, 1] == 0).all()
-    assert (mixed.record.num_blocks[0, 1, 10:] == 4).all()
+    assert (only_region(mixed).list_base[0, 1] == 0).all()
+    assert (only_region(mixed).num_columns[0, 1] == 0).all()
+    assert (only_region(mixed).num_blocks[0, 1, 10:] == 4).all()
     assert mixed.lists.numel() == alone.lists.numel() + 40 * 4

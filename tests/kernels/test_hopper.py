@@ -19,7 +19,6 @@ from mmi_compile.kernels import hopper, launch
 from mmi_compile.kernels.geometry import Geometry
 from mmi_compile.kernels.hopper import attention_hopper, compile_hopper_ahead
 from mmi_compile.kernels.hopper_spec import HopperSpec, choose_hopper_spec, hopper_block_n, hopper_supported
-from mmi_compile.kernels.plan import Plan
 from mmi_compile.kernels.planner import TileShape, dense_plan
 from mmi_compile.kernels.render import rendered_source
 from mmi_compile.kernels.run import families
@@ -124,14 +123,18 @@ def test_dense_compiles_ahead_of_time(head_dim: int) -> None:
     assert_compiles(choose_hopper_spec("bf16", head_dim, pair_loop=head_dim > 128))
 
 
-@pytest.mark.parametrize("features", [SPARSE, GATHERED, REGIONS, EVERYTHING], ids=["sparse", "gathered", "regions", "everything"])
+@pytest.mark.parametrize(
+    "features", [SPARSE, GATHERED, REGIONS, EVERYTHING], ids=["sparse", "gathered", "regions", "everything"]
+)
 def test_sparse_compiles_ahead_of_time(features: Features) -> None:
     assert_compiles(choose_hopper_spec("fp16", 128, features=features, scheduled=features.has_row_order))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("head_dim", [40, 64, 80, 128, 256])
-@pytest.mark.parametrize("features", [SPARSE, GATHERED, REGIONS, EVERYTHING], ids=["sparse", "gathered", "regions", "everything"])
+@pytest.mark.parametrize(
+    "features", [SPARSE, GATHERED, REGIONS, EVERYTHING], ids=["sparse", "gathered", "regions", "everything"]
+)
 def test_all_head_dims_compile(features: Features, head_dim: int) -> None:
     assert_compiles(choose_hopper_spec("bf16", head_dim, features=features, scheduled=features.has_row_order))
 

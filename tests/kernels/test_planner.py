@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mmi_compile.kernels.geometry import Geometry
 from mmi_compile.kernels.patterns import AShape, BlockTopK, Dense, Grid, Pattern, TriShape, VerticalSlash
-from mmi_compile.kernels.plan import Plan
+from mmi_compile.kernels.plan import RECORD, Plan, TileRecord
 from mmi_compile.kernels.planner import TileShape, build_plan, dense_plan, lower_rules, make_dense
 from mmi_compile.kernels.probe import best_phase, probe_rows, run_probe
 from mmi_compile.kernels.reference import probabilities_reference
@@ -40,19 +40,41 @@ def block_topks() -> st.SearchStrategy[BlockTopK]:
     )
 
 
+def only_region(plan: Plan) -> TileRecord:
+    assert plan.regions == 1
+    return TileRecord(*plan.tiles[..., 0, :].unbind(-1))
+
+
+def assert_window_edges(plan: Plan) -> None:
+    """Blocks that a kernel does not test are allowed throughout, and what a row may see is not beyond the window."""
+    r, rows, bn = only_region(plan), plan.rows(), plan.block_n
+    assert (r.window_start <= r.window_left).all()
+    assert (r.window_left <= r.window_full).all()
+    assert (r.window_full <= r.window_stop).all()
+    model = plan.geometry.to_mask()
+    model = torch.nn.functional.pad(model, (0, -model.shape[-1] % bn)).unflatten(-1, (-1, bn))
+    for b, h, t in torch.cartesian_prod(*(torch.arange(n) for n in rows.shape[:3])).tolist():
+        live = rows[b, h, t][rows[b, h, t] >= 0]
+        blocks = model[b, live]  # [rows, key blocks, bn]
+        left, full, stop = (int(x[b, h, t]) for x in (r.window_left, r.window_full, r.window_stop))
+        assert blocks[:, left:full].all()
+        assert not blocks[:, stop:].any()
+
+
 def assert_invariants(plan: Plan) -> None:
     """What the contract in ``plan.py`` promises a kernel."""
-    g, bn, r = plan.geometry, plan.block_n, plan.record
+    g, bn, r = plan.geometry, plan.block_n, only_region(plan)
     for tensor in (plan.tiles, plan.lists, plan.columns, plan.row_order, plan.list_bits):
         assert tensor is None or (tensor.dtype == torch.int32 and tensor.is_contiguous())
     rows = plan.rows()
     low = torch.where(rows < 0, 1 << 30, rows).amin(-1) + g.q_offset
+    assert_window_edges(plan)
     assert (r.sink_start >= 0).all()
     assert (r.sink_start <= r.sink_stop).all()
     assert (r.sink_stop <= r.window_start).all()
     assert plan.has_sinks or not (r.sink_stop > r.sink_start).any()
     assert (r.window_start * bn <= low).all()
-    listed = plan.listed_blocks()
+    listed = plan.listed_blocks()[:, :, :, 0]
     for where in (r.num_blocks > 0).nonzero().tolist():
         count, start, base = (int(field[tuple(where)]) for field in (r.num_blocks, r.list_start, r.list_base))
         assert 0 <= start <= start + count <= plan.lists.numel()
@@ -104,7 +126,7 @@ def test_dense_plan_is_the_model_mask(geometry: Geometry, tiles: TileShape) -> N
     plan = dense_plan(geometry, tiles, "cpu")
     assert_invariants(plan)
     assert torch.equal(plan.to_mask(), geometry.to_mask()[:, None].expand(-1, geometry.q_heads, -1, -1))
-    assert not plan.tiles[..., 1:].any()
+    assert not plan.tiles[..., 4:].any()
     assert plan.lists.numel() == plan.columns.numel() == 0
 
 
@@ -269,7 +291,7 @@ def test_planning_launches_little() -> None:
     assert launches(lambda: build_plan(simple, x.q, x.k, g, SCALE, tiles)) <= 15
     assert launches(lambda: dense_plan(g, tiles, "cpu")) == 0
     plan = build_plan(mix, x.q, x.k, g, SCALE, tiles)
-    assert launches(lambda: make_dense(plan, plan.record.num_blocks > 3)) <= 2
+    assert launches(lambda: make_dense(plan, only_region(plan).num_blocks > 3)) <= 2
 
 
 def test_the_dense_plan_of_a_length_is_made_once() -> None:
@@ -293,7 +315,7 @@ def test_tiles_share_the_list_of_their_head() -> None:
     # Distance 5 reaches the block before the own one; 99 lies between two multiples of the block.
     assert entries[0][entries[0] < 0].tolist() == [-20, -10, -1]
     assert entries[1][entries[1] < 0].tolist() == [-7, -6]
-    r = plan.record
+    r = only_region(plan)
     assert r.sink_stop[0, 0, :4].tolist() == [0, 1, 2, 2]
     assert r.num_blocks[0, 0, [2, 11, 12, 21, 22, 39]].tolist() == [0, 1, 2, 2, 3, 3]
     assert r.num_columns[0, :, -1].tolist() == [1, 1]  # 5 lies in the sinks
@@ -307,5 +329,5 @@ def test_plan_size_is_linear_for_fixed_patterns(length: int) -> None:
     plan = build_plan([VerticalSlash(64, 16)], x.q, x.k, g, SCALE, TileShape(128, 128))
     tensors = [getattr(plan, f.name) for f in dataclasses.fields(plan)]
     size = sum(t.numel() for t in tensors if isinstance(t, torch.Tensor))
-    # One record of eight numbers a tile; one list and its bits for all tiles together, and the columns.
-    assert size <= length // 128 * (8 + 2) + 64 + 64 + 2
+    # One record of thirteen numbers a tile; one list and its bits for all tiles together, and the columns.
+    assert size <= length // 128 * (RECORD + 2) + 64 + 64 + 2
