@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from mmi_compile.kernels.block_topk import BlockRules, select_blocks
 from mmi_compile.kernels.frames import TileFrame, TileShape, constant, first_live_key, keep, ramp, tile_frame
 from mmi_compile.kernels.geometry import Geometry
 from mmi_compile.kernels.patterns import BlockTopK, Dense, Grid, Pattern, TriShape, VerticalSlash
-from mmi_compile.kernels.probe import Probe, best_phase, last_live_position, run_probe
+from mmi_compile.kernels.probe import best_phase, last_live_position, run_probe
 
 MIN_STRIDE = 16
 """Smallest stride that is estimated: below it a grid keeps more than 1/16 of all keys and is no longer sparse."""
@@ -108,19 +109,40 @@ def _members(entries: Tensor, size: int) -> Tensor:
     return found.scatter_(-1, slot.long(), True)[..., :size]
 
 
+class Masses(Protocol):
+    """Probability mass of the probed heads, float ``[B, H, keys]`` and ``[B, H, distances]``; a ``Probe`` is one."""
+
+    @property
+    def columns(self) -> Tensor: ...
+
+    @property
+    def distances(self) -> Tensor: ...
+
+
+Probing: TypeAlias = Callable[[tuple[int, ...], bool], Masses]
+"""``probing(heads, diagonals)``: masses of some query heads, ascending; ``distances`` only when ``diagonals``."""
+
+
 def estimate_rules(
-    patterns: Sequence[Pattern], q: Tensor, k: Tensor, geometry: Geometry, scale: float, tiles: TileShape
-) -> HeadRules:
+    patterns: Sequence[Pattern], q: Tensor, k: Tensor, geometry: Geometry, scale: float, tiles: TileShape,
+    *, probing: Probing | None = None,
+) -> HeadRules:  # fmt: skip
     """Rules of every head, with columns, diagonals, strides and phases taken from one probe of the heads that need it.
 
     Args:
         patterns: one per query head.
         q: ``[B, HQ, q_len, D]``, ``q_len >= 1``; k: ``[B, HKV, kv_len, D]``, ``kv_len >= 1``; scale: of the scores.
+        probing: where masses come from; None for a probe of the last rows.
 
     Raises:
         ValueError: the number of patterns is not the number of query heads.
     """
     g, device = geometry, q.device
+    if probing is None:
+
+        def probing(heads: tuple[int, ...], diagonals: bool) -> Masses:
+            return run_probe(q, k, g, scale, block_m=tiles.block_m, heads=heads, diagonals=diagonals)
+
     if len(patterns) != g.q_heads:
         raise ValueError(f"got {len(patterns)} patterns for {g.q_heads} query heads; give one pattern per query head")
     heads = _sorted_heads(tuple(patterns))
@@ -128,20 +150,19 @@ def estimate_rules(
     local = tuple(everything if isinstance(p, Dense) else min(getattr(p, "local", 1), everything) for p in patterns)
     last = tuple(min(p.last, everything) if isinstance(p, TriShape) else 0 for p in patterns)
     columns, distances, lines = [], [], []
-    if heads.probed:
-        probe = run_probe(q, k, g, scale, block_m=tiles.block_m, heads=heads.probed)
-        if heads.slash:
-            slash = _slash_rules([patterns[h] for h in heads.slash], heads, probe, g)  # type: ignore[misc]
-            columns.append((heads.slash, slash[0]))
-            distances.append((heads.slash, slash[1]))
-        if heads.grid:
-            stride, phase = _strides_and_phases(heads, probe)
-            grids = [patterns[h] for h in heads.grid]
-            columns.append((heads.grid, _key_lines(stride, phase, heads.least_stride, g.kv_len)))
-            if heads.same_phase:
-                distances.append((heads.grid, _same_phase(stride, grids, heads.least_stride, everything)))  # type: ignore[arg-type]
-            if heads.query_lines:
-                lines = [(heads.grid, x[..., None].int()) for x in (stride, _query_phase(phase, grids))]  # type: ignore[arg-type]
+    if heads.slash:
+        slash = _slash_rules([patterns[h] for h in heads.slash], probing(heads.slash, True), g)  # type: ignore[misc]
+        columns.append((heads.slash, slash[0]))
+        distances.append((heads.slash, slash[1]))
+    if heads.grid:
+        # Apart from the others, since sums along diagonals are half of a probe's cost and grids need none.
+        stride, phase = _strides_and_phases(heads, probing(heads.grids, False))
+        grids = [patterns[h] for h in heads.grid]
+        columns.append((heads.grid, _key_lines(stride, phase, heads.least_stride, g.kv_len)))
+        if heads.same_phase:
+            distances.append((heads.grid, _same_phase(stride, grids, heads.least_stride, everything)))  # type: ignore[arg-type]
+        if heads.query_lines:
+            lines = [(heads.grid, x[..., None].int()) for x in (stride, _query_phase(phase, grids))]  # type: ignore[arg-type]
     return HeadRules(
         sink=_sizes(patterns, "sink", 0, everything),
         local=constant(local, device)[None],
@@ -173,7 +194,6 @@ def _block_rules(
 class _Heads:
     """Which heads follow which family of patterns; grids are grouped by stride."""
 
-    probed: tuple[int, ...]
     slash: tuple[int, ...]
     grid: tuple[int, ...]
     blocks: tuple[int, ...]
@@ -183,9 +203,14 @@ class _Heads:
     query_lines: bool
     line_gap: int
 
+    @property
+    def grids(self) -> tuple[int, ...]:
+        """The grid heads in ascending order, as a probe wants them."""
+        return tuple(sorted(self.grid))
+
     def slots(self, heads: tuple[int, ...]) -> tuple[int, ...]:
-        """Places of ``heads`` in the probe."""
-        return tuple(self.probed.index(h) for h in heads)
+        """Places of grid heads in their probe."""
+        return tuple(self.grids.index(h) for h in heads)
 
 
 @lru_cache(maxsize=256)
@@ -197,7 +222,6 @@ def _sorted_heads(patterns: tuple[Pattern, ...]) -> _Heads:
         for stride in dict.fromkeys(p.stride for p in grids.values())
     )
     return _Heads(
-        probed=tuple(sorted((*slash, *grids))),
         slash=slash,
         grid=tuple(h for _, heads in strides for h in heads),
         blocks=tuple(h for h, p in enumerate(patterns) if isinstance(p, BlockTopK)),
@@ -237,15 +261,13 @@ def _of_heads(x: Tensor, slots: tuple[int, ...]) -> Tensor:
     return x.index_select(1, constant(slots, x.device, torch.int64))
 
 
-def _slash_rules(
-    patterns: Sequence[VerticalSlash], heads: _Heads, probe: Probe, geometry: Geometry
-) -> tuple[Tensor, Tensor]:
-    """Columns and distances of the vertical-slash heads."""
-    g, slots = geometry, heads.slots(heads.slash)
+def _slash_rules(patterns: Sequence[VerticalSlash], probe: Masses, geometry: Geometry) -> tuple[Tensor, Tensor]:
+    """Columns and distances of the vertical-slash heads, which the probe holds alone."""
+    g = geometry
     vertical = _sizes(patterns, "n_vertical", 0, g.kv_len)
     slash = _sizes(patterns, "n_slash", 1, g.q_len + g.q_offset)
-    columns = _heaviest(_of_heads(probe.columns, slots), vertical, FORCED_COLUMNS, g.kv_len)
-    return columns, _heaviest(_of_heads(probe.distances, slots), slash, FORCED_DISTANCES, -1)
+    columns = _heaviest(probe.columns, vertical, FORCED_COLUMNS, g.kv_len)
+    return columns, _heaviest(probe.distances, slash, FORCED_DISTANCES, -1)
 
 
 def _heaviest(mass: Tensor, counts: tuple[int, ...], forced: int, none: int) -> Tensor:
@@ -253,7 +275,8 @@ def _heaviest(mass: Tensor, counts: tuple[int, ...], forced: int, none: int) -> 
     width = min(forced, mass.shape[-1])
     first, wanted = keep(_counted, (counts, width), mass.device)
     mass = torch.cat([mass[..., :width].masked_fill(first, torch.inf), mass[..., width:]], -1)
-    chosen = mass.topk(max(counts), -1).indices
+    # Ranks matter only where heads want different counts.
+    chosen = mass.topk(max(counts), -1, sorted=min(counts) < max(counts)).indices
     return torch.where(wanted, chosen, none).int()
 
 
@@ -263,7 +286,7 @@ def _counted(counts: tuple[int, ...], width: int, device: torch.device) -> tuple
     return ramp(width, device) < (count + 1) // 2, ramp(max(counts), device) < count
 
 
-def _strides_and_phases(heads: _Heads, probe: Probe) -> tuple[Tensor, Tensor]:
+def _strides_and_phases(heads: _Heads, probe: Masses) -> tuple[Tensor, Tensor]:
     """Stride and heaviest phase of the grid heads, int64 ``[B, heads]`` each."""
     strides, phases = [], []
     for stride, members in heads.strides:
