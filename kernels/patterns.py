@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 from mmi_compile._suggest import did_you_mean
 
@@ -193,6 +193,43 @@ class BlockTopK(_Named):
 
 
 Pattern: TypeAlias = Dense | AShape | TriShape | VerticalSlash | Grid | BlockTopK
+
+
+@dataclass(frozen=True)
+class ByModality:
+    """A head that treats modalities apart (MMInference section 3).
+
+    Attributes:
+        boundary: ``"q"``: a pattern for the query rows of each modality; ``"2d"``: one for each pair of query and key
+            modality.
+        default: the pattern of every modality or pair that ``patterns`` does not name.
+        patterns: pairs ``(modality id, pattern)`` for ``q``, ``((query id, key id), pattern)`` for ``2d``.
+    """
+
+    boundary: Literal["q", "2d"]
+    default: Pattern
+    patterns: tuple[tuple[int | tuple[int, int], Pattern], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.boundary not in ("q", "2d"):
+            raise ValueError(f'boundary {self.boundary!r}: give "q" or "2d"; "none" and "k" are plain patterns')
+        for place, _ in self.patterns:
+            if isinstance(place, tuple) != (self.boundary == "2d"):
+                wanted = "(query id, key id)" if self.boundary == "2d" else "a modality id"
+                raise ValueError(f"boundary {self.boundary}: {place!r} must be {wanted}")
+        for pattern in (self.default, *(p for _, p in self.patterns)):
+            if isinstance(pattern, BlockTopK):
+                raise ValueError("block_topk within a boundary is not built; use vertical_slash or grid there")
+            if isinstance(pattern, Grid) and pattern.query_lines:
+                raise ValueError("query_lines within a boundary are not built: rows are grouped already")
+
+    def pattern(self, query: int, key: int | None = None) -> Pattern:
+        """The pattern of a query modality (``q``) or of a pair of modalities (``2d``)."""
+        place = query if self.boundary == "q" else (query, key)
+        return next((pattern for named, pattern in self.patterns if named == place), self.default)
+
+
+HeadPattern: TypeAlias = Pattern | ByModality
 _KINDS: dict[str, type[Pattern]] = {
     kind.name: kind for kind in (Dense, AShape, TriShape, VerticalSlash, Grid, BlockTopK)
 }

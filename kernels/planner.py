@@ -97,7 +97,7 @@ def make_dense(plan: Plan, which: Tensor, frame: TileFrame | None = None) -> Pla
     elif plan.row_order is None:
         records = remembered(_records_in_order, g, shape, plan.tiles.device)
     else:
-        records = _dense_records(_ordered_frame(plan.row_order, g, shape))
+        records = _dense_records(ordered_frame(plan.row_order, g, shape))
     return dataclasses.replace(plan, tiles=torch.where(which[..., None, None], records, plan.tiles))
 
 
@@ -142,17 +142,23 @@ def lower(
     *,
     diagonals: Tensor | None = None,
     frame: TileFrame | None = None,
+    dense: Tensor | None = None,
+    spread: bool = False,
 ) -> Lowered:
     """``lower_rules`` with the block diagonals beside the plan.
 
     Args:
         diagonals: what ``rules.distances`` come to; frame: ``tile_frame``. Both for rows in order, where the caller has
-            them.
+            them; or the frame of rows in some other order.
+        dense: tiles that keep every key besides those of ``rules``, bool, broadcastable to ``[B, HQ, QT]``.
+        spread: the rows of a tile may stand up to ``2 * block_m`` positions apart.
     """
     g, bn, device = geometry, tiles.block_n, rules.local.device
     order, frame, on_line = (None, frame, None) if frame is not None else _rows(rules, g, tiles, device)
     shape = (g.batch, g.q_heads, frame.low.shape[-1])
-    start = window_start(rules.local, frame, _dense_tiles(rules, frame, on_line, g.q_heads), bn).expand(shape)
+    whole = _dense_tiles(rules, frame, on_line, g.q_heads)
+    whole = dense if whole is None else whole if dense is None else whole | dense
+    start = window_start(rules.local, frame, whole, bn).expand(shape)
     has_sinks = max(rules.sink) > 0
     zero = frame.zero
     # Lists begin where sinks end; left of `first` there is nothing for a tile.
@@ -160,7 +166,7 @@ def lower(
     begin = end if frame.first_is_zero else torch.maximum(frame.first, end)
     sink_stop = torch.minimum(begin, start) if has_sinks or not frame.first_is_zero else zero
     if diagonals is None and rules.distances is not None and rules.distances.shape[-1]:
-        diagonals = _block_diagonals(rules, g, tiles, order is not None)
+        diagonals = _block_diagonals(rules, g, tiles, spread or order is not None)
     lists = None if diagonals is None else _list_blocks(diagonals, sink_stop, start, frame.base)
     if rules.blocks is not None:
         lists = _with_blocks(lists, rules.blocks, sink_stop, start, zero)
@@ -232,7 +238,7 @@ def _rows(
     if rules.line_stride is None or rules.line_phase is None:
         return None, tile_frame(geometry, tiles, device), None
     order, lines = _lines_first(rules.line_stride[..., None], rules.line_phase[..., None], geometry, tiles.block_m)
-    frame = _ordered_frame(order, geometry, tiles)
+    frame = ordered_frame(order, geometry, tiles)
     return order, frame, ramp(frame.low.shape[-1], device, step=tiles.block_m) < lines
 
 
@@ -255,7 +261,8 @@ def _lines_first(stride: Tensor, phase: Tensor, geometry: Geometry, block_m: int
     return torch.where(slot < g.q_len, row, -1), lines
 
 
-def _ordered_frame(order: Tensor, geometry: Geometry, tiles: TileShape) -> TileFrame:
+def ordered_frame(order: Tensor, geometry: Geometry, tiles: TileShape) -> TileFrame:
+    """The facts of tiles whose rows come as in ``Plan.row_order``, ``[B, HQ or 1, QT * block_m]``."""
     rows = order.view(*order.shape[:2], -1, tiles.block_m)
     low = torch.where(rows < 0, geometry.q_len, rows).amin(-1) + geometry.q_offset
     last = rows.amax(-1)

@@ -16,12 +16,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mmi_compile.kernels import hopper, launch
+from mmi_compile.kernels.boundaries import build_bounded_plan
 from mmi_compile.kernels.geometry import Geometry
 from mmi_compile.kernels.hopper import attention_hopper, compile_hopper_ahead
 from mmi_compile.kernels.hopper_spec import HopperSpec, choose_hopper_spec, hopper_block_n, hopper_supported
+from mmi_compile.kernels.patterns import AShape, ByModality, HeadPattern, VerticalSlash
 from mmi_compile.kernels.planner import TileShape, dense_plan
 from mmi_compile.kernels.render import rendered_source
 from mmi_compile.kernels.run import families
+from mmi_compile.kernels.segments import segment
 from mmi_compile.kernels.spec import SHARED_MEMORY, Features
 from tests.kernels.gluon_emulator import EmulatedKernel
 from tests.random_plans import masked_attention, random_plan, random_qkv
@@ -193,6 +196,22 @@ def test_the_kernels_source_is_attention_over_the_plans_mask(seed: int, head_dim
         v = v.masked_fill(~live[:, None, :, None], float("nan"))
     out = attention_hopper(q, k, v, plan, 0.1).double()
     torch.testing.assert_close(out, want, atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.usefixtures("emulated")
+def test_plans_of_modalities_run_as_they_are() -> None:
+    g, tiles = Geometry(1, 3, 1, 700, 700), TileShape(128, 128)
+    q, k, v = random_qkv(0, g, 64, torch.float16)
+    ids = (torch.arange(700) % 23 < 17).to(torch.int8)[None]
+    heads: list[HeadPattern] = [
+        ByModality("2d", AShape(8, 64), (((1, 1), VerticalSlash(30, 20)), ((0, 1), VerticalSlash(9, 1)))),
+        ByModality("q", AShape(8, 64), ((1, VerticalSlash(30, 20)),)),
+        VerticalSlash(30, 20),
+    ]
+    plan = build_bounded_plan(heads, q.float(), k.float(), g, 0.1, tiles, segment(ids, (0, 1), g, tiles))
+    assert plan.regions == 2
+    want = masked_attention(q, k, v, plan.to_mask(), 0.1)
+    torch.testing.assert_close(attention_hopper(q, k, v, plan, 0.1).double(), want, atol=2e-3, rtol=2e-3)
 
 
 @pytest.mark.usefixtures("emulated")

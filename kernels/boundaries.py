@@ -1,0 +1,332 @@
+"""Heads that treat modalities apart: the boundaries ``q`` and ``2d`` (MMInference section 3).
+
+* ``q``: query rows are grouped by modality, and each group has its own pattern, probed with the last rows of that
+  group. Keys stay in order, distances are in positions.
+* ``2d``: keys are grouped as well, and each pair (query modality, key modality) is a region with its own pattern. There
+  a key counts by its rank among the keys of its modality, and a query row by the number of such keys it sees, less one:
+  ``distance = seen(i) - 1 - rank(j)``. All regions of a query tile share one online softmax.
+
+Neither Q nor the output is ever permuted: kernels gather the rows of a tile and scatter its results.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmi_compile.kernels.frames import TileFrame, TileShape, constant, ramp
+from mmi_compile.kernels.geometry import Geometry
+from mmi_compile.kernels.patterns import AShape, ByModality, Dense, HeadPattern, Pattern, TriShape
+from mmi_compile.kernels.plan import RECORD, Plan, TileRecord
+from mmi_compile.kernels.planner import build_plan, lower, ordered_frame
+from mmi_compile.kernels.probe import LAST_Q
+from mmi_compile.kernels.rules import HeadRules, Probing, estimate_rules
+from mmi_compile.kernels.segments import Segments
+
+CHUNK_BYTES = 128 << 20
+"""Scores held at a time by the probe of a modality. One head at least is always processed whole."""
+
+_FIELD = {name: place for place, name in enumerate(TileRecord._fields)}
+_BLOCK_FIELDS = ("window_start", "window_left", "window_full", "window_stop", "sink_start", "sink_stop", "list_base")
+
+
+@dataclass(frozen=True)
+class Part:
+    """What the rows of one modality keep of all keys (``q``) or of the keys of one modality (``2d``).
+
+    Attributes:
+        query, key: places in ``Segments.labels``; key is None for ``q``.
+        heads: the query heads that have this part.
+        rules: for all query heads, in positions (``q``) or in ranks and compact distances (``2d``); only those of
+            ``heads`` mean anything. last: int64 ``[HQ]``, rows of the modality, counted from its end, that keep all.
+        frame: the tiles in the same coordinates. geometry: lengths in the same coordinates.
+        own: int32 ``[B, 1, QT]``, rank among its own modality of the last row of each tile, -1 for an empty tile.
+    """
+
+    query: int
+    key: int | None
+    heads: tuple[int, ...]
+    rules: HeadRules
+    last: tuple[int, ...]
+    frame: TileFrame
+    geometry: Geometry
+    own: Tensor
+
+
+def build_bounded_plan(
+    heads: Sequence[HeadPattern], q: Tensor, k: Tensor, geometry: Geometry, scale: float, tiles: TileShape,
+    segments: Segments,
+) -> Plan:  # fmt: skip
+    """The plan of one attention call whose head ``h`` follows ``heads[h]``; boundaries mix freely.
+
+    Args:
+        heads: one per query head, patterns (boundary ``none`` or ``k``) or ``ByModality``.
+        q: ``[B, HQ, q_len, D]``; k: ``[B, HKV, kv_len, D]``; scale: factor on the scores.
+        segments: the prompt, grouped for the same geometry and tiles.
+
+    Raises:
+        ValueError: the number of patterns is not the number of query heads.
+    """
+    if len(heads) != geometry.q_heads:
+        raise ValueError(f"got {len(heads)} patterns for {geometry.q_heads} query heads; give one per query head")
+    if len(segments.labels) == 1:
+        # With one modality there is nothing to treat apart.
+        only = segments.labels[0]
+        heads = [p.pattern(only, only) if isinstance(p, ByModality) else p for p in heads]
+    whole = [Dense() if isinstance(p, ByModality) else p for p in heads]
+    plain = build_plan(whole, q, k, geometry, scale, tiles)
+    if geometry.q_len == 0 or geometry.kv_len == 0 or not any(isinstance(p, ByModality) for p in heads):
+        return plain
+    parts = estimate_parts(heads, q, k, geometry, scale, tiles, segments)
+    return _assembled(plain, parts, [lower_part(part, tiles, segments) for part in parts], segments)
+
+
+def estimate_parts(
+    heads: Sequence[HeadPattern], q: Tensor, k: Tensor, geometry: Geometry, scale: float, tiles: TileShape,
+    segments: Segments,
+) -> list[Part]:  # fmt: skip
+    """The rules of all heads with boundaries, one part for each modality or pair of modalities."""
+    g, labels = geometry, segments.labels
+    frame = ordered_frame(segments.row_order[:, None], g, tiles)
+    parts = []
+    for query, label in enumerate(labels):
+        own = _compact(frame, segments, query, tiles).high
+        by_rows = {h: p for h, p in enumerate(heads) if isinstance(p, ByModality) and p.boundary == "q"}
+        if by_rows:
+            chosen = {h: p.pattern(label) for h, p in by_rows.items()}
+            probing = _probing(q, k, g, scale, segments, query, None)
+            parts.append(_part(query, None, chosen, probing, frame, g, own, (q, k, scale, tiles)))
+        regions = {h: p for h, p in enumerate(heads) if isinstance(p, ByModality) and p.boundary == "2d"}
+        for key, other in enumerate(labels if regions else ()):
+            chosen = {h: p.pattern(label, other) for h, p in regions.items()}
+            probing = _probing(q, k, g, scale, segments, query, key)
+            # Ranks and counts of keys take the place of positions.
+            compact = Geometry(g.batch, g.q_heads, g.kv_heads, g.kv_len, g.kv_len)
+            place = _compact(frame, segments, key, tiles)
+            parts.append(_part(query, key, chosen, probing, place, compact, own, (q, k, scale, tiles)))
+    return parts
+
+
+def _part(
+    query: int, key: int | None, chosen: dict[int, Pattern], probing: Probing, frame: TileFrame, geometry: Geometry,
+    own: Tensor, call: tuple[Tensor, Tensor, float, TileShape],
+) -> Part:  # fmt: skip
+    q, k, scale, tiles = call
+    everyone: list[Pattern] = [AShape(0, 1)] * geometry.q_heads
+    last = [0] * geometry.q_heads
+    for head, pattern in chosen.items():
+        everyone[head] = pattern
+        if isinstance(pattern, TriShape):
+            everyone[head], last[head] = AShape(pattern.sink, pattern.local), pattern.last
+    rules = estimate_rules(everyone, q, k, geometry, scale, tiles, probing=probing)
+    return Part(query, key, tuple(chosen), rules, tuple(last), frame, geometry, own)
+
+
+def _compact(frame: TileFrame, segments: Segments, key: int, tiles: TileShape) -> TileFrame:
+    """The tiles of ``frame`` in compact coordinates of one key modality: -1 where a row sees no such key."""
+    seen, bn = segments.seen[:, key], tiles.block_n
+    low, high = (
+        seen.gather(1, (x[:, 0] + 1).clamp(0, seen.shape[1] - 1).long())[:, None] - 1 for x in (frame.low, frame.high)
+    )
+    zero = torch.zeros((), dtype=torch.int32, device=low.device)
+    base = low.clamp(min=0) // bn
+    return TileFrame(
+        low=low, high=high, base=base, first=zero.expand(1, 1, 1), latest=base, left=None, full=(low + 1) // bn,
+        stop=(high + bn) // bn, origin=zero.expand(1, 1, 1), live_end=segments.counts[:, key, None, None],
+        after=low + 1, zero=zero, first_is_zero=True, latest_is_base=True,
+    )  # fmt: skip
+
+
+def dense_tiles(part: Part, segments: Segments, tiles: TileShape) -> Tensor:
+    """Tiles that keep every key of the part, bool ``[B, HQ or 1, QT]``.
+
+    Those with rows of the ``last`` ones of their modality, and, where the part has diagonals, those whose rows stand
+    too far apart for a list of block diagonals: rows of a modality that is rare in this stretch of the prompt.
+    """
+    frame = part.frame
+    dense = frame.high - frame.low > (2 * tiles.block_m if part.rules.distances is not None else 1 << 30)
+    if any(part.last):
+        last = constant(part.last, part.own.device)[:, None]
+        dense = dense | ((part.own >= segments.counts[:, part.query, None, None] - last) & (part.own >= 0) & (last > 0))
+    return dense
+
+
+def lower_part(part: Part, tiles: TileShape, segments: Segments) -> Plan:
+    """The plan of one part for all tiles and heads, in its own coordinates."""
+    dense = dense_tiles(part, segments, tiles)
+    return lower(part.rules, part.geometry, tiles, frame=part.frame, dense=dense, spread=True).plan
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Putting parts together
+
+
+def _assembled(plain: Plan, parts: list[Part], plans: list[Plan], segments: Segments) -> Plan:
+    """One plan of all heads: plain heads as they are, each tile of the others from the parts of its modality."""
+    g, bm, device = plain.geometry, plain.block_m, plain.tiles.device
+    bounded = sorted({h for part in parts for h in part.heads})
+    grouped = any(part.key is not None for part in parts)
+    shape = (g.batch, g.q_heads, segments.tile_group.shape[1], len(segments.labels) if grouped else 1, RECORD)
+    tiles = torch.zeros(shape, dtype=torch.int32, device=device)
+    tiles[:, :, : plain.query_tiles, :1] = plain.tiles
+    if bounded:
+        tiles.index_fill_(1, constant(tuple(bounded), device, torch.int64), 0)
+    order = F.pad(plain.rows().flatten(2).int(), (0, shape[2] * bm - plain.query_tiles * bm), value=-1).contiguous()
+    for head in bounded:
+        order[:, head] = segments.row_order
+    pool = _Pool([plain.lists], [plain.columns], [plain.columns], [plain.list_bits])
+    for part, plan in zip(parts, plans, strict=True):
+        record = pool.add(part, plan, segments)
+        mine = (segments.tile_group == part.query)[:, None, :, None]
+        for head in part.heads:
+            target = tiles[:, head, :, part.key or 0]
+            target.copy_(torch.where(mine[:, 0], record[:, head], target))
+    has_bits = any(bits is not None for bits in pool.bits)
+    return dataclasses.replace(
+        plain, tiles=tiles, row_order=order, has_sinks=plain.has_sinks or any(p.has_sinks for p in plans),
+        lists=torch.cat(pool.lists), columns=torch.cat(pool.columns, -1),
+        list_bits=torch.cat([b for b in pool.bits if b is not None]) if has_bits else None,
+        key_order=segments.key_order if grouped else None,
+        column_slots=torch.cat(pool.slots, -1) if grouped else None,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Pool:
+    """Lists, columns, slots of columns and bits of all parts so far, one after the other."""
+
+    lists: list[Tensor]
+    columns: list[Tensor]
+    slots: list[Tensor]
+    bits: list[Tensor | None]
+
+    def add(self, part: Part, plan: Plan, segments: Segments) -> Tensor:
+        """Take in what ``plan`` holds; its records int32 ``[B, HQ, QT, RECORD]`` with everything in its new place."""
+        device = plan.tiles.device
+        moved = {
+            "list_start": sum(x.numel() for x in self.lists),
+            "column_start": sum(x.shape[-1] for x in self.columns),
+            "bits_start": sum(x.numel() for x in self.bits if x is not None),
+            "grouped": int(part.key is not None),
+        }
+        shift = constant(tuple(moved.get(name, 0) for name in TileRecord._fields), device)
+        record = plan.tiles[..., 0, :] + shift
+        self.lists.append(plan.lists)
+        self.bits.append(plan.list_bits)
+        if part.key is None:
+            self.columns.append(plan.columns)
+            self.slots.append(plan.columns)
+            return record
+        start = segments.key_start[:, part.key]
+        moves = constant(tuple(int(name in _BLOCK_FIELDS) for name in TileRecord._fields), device)
+        slots = start[:, None, None] + plan.columns
+        order = segments.key_order[:, None].expand(-1, slots.shape[1], -1)
+        self.slots.append(slots)
+        self.columns.append(order.gather(-1, slots.clamp(max=order.shape[-1] - 1).long()).clamp(min=0))
+        return record + (start // plan.block_n)[:, None, None, None] * moves
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The probe of one modality
+
+
+@dataclass(frozen=True)
+class RegionMasses:
+    """Probability mass by key and by distance, float ``[B, H, X]`` each, in the coordinates of a part."""
+
+    columns: Tensor
+    distances: Tensor
+
+
+def _probing(
+    q: Tensor, k: Tensor, geometry: Geometry, scale: float, segments: Segments, query: int, key: int | None
+) -> Probing:
+    """Attention of the last live rows of one modality to all keys, or, of that mass, what falls on one modality."""
+
+    def probing(heads: tuple[int, ...], diagonals: bool) -> RegionMasses:
+        position, live = last_rows(segments, geometry, query)
+        keys, mine = _keys_by_distance(segments, geometry, position, key) if diagonals else (None, None)
+        names = _keys_in_order(segments, geometry, key)
+        columns, distances = [], []
+        for weights in _weights(q, k, geometry, scale, heads, position, live):
+            mass = weights.sum(2)
+            columns.append(mass if names is None else mass.gather(-1, _alike(names[0], mass)) * names[1][:, None])
+            if keys is not None and mine is not None:
+                moved = weights.gather(-1, keys[:, None].expand(-1, weights.shape[1], -1, -1))
+                distances.append((moved * mine[:, None]).sum(2))
+        return RegionMasses(torch.cat(columns, 1), torch.cat(distances, 1) if distances else columns[0][..., :0])
+
+    return probing
+
+
+def _alike(x: Tensor, like: Tensor) -> Tensor:
+    return x[:, None].expand_as(like)
+
+
+def last_rows(segments: Segments, geometry: Geometry, query: int, count: int = LAST_Q) -> tuple[Tensor, Tensor]:
+    """Positions of the last live tokens of a modality that are query rows, int64 ``[B, L]``, and which are real."""
+    g, device = geometry, segments.group.device
+    length = min(count, g.q_len)
+    rank = segments.counts[:, query, None] - length + ramp(length, device)
+    slot = segments.key_start[:, query, None] + rank
+    position = segments.key_order.gather(1, slot.clamp(0, segments.key_order.shape[1] - 1).long())
+    live = (rank >= 0) & (position >= g.q_offset)
+    return torch.where(live, position, g.q_offset).long(), live
+
+
+def _weights(
+    q: Tensor, k: Tensor, geometry: Geometry, scale: float, heads: tuple[int, ...], position: Tensor, live: Tensor
+) -> Iterator[Tensor]:
+    """Attention probabilities of the rows at ``position``, float ``[B, heads, L, kv_len]``, some heads at a time."""
+    g = geometry
+    work = torch.float64 if q.dtype == torch.float64 else torch.float32
+    rows = (position - g.q_offset)[:, None, :, None]
+    j = ramp(g.kv_len, q.device)
+    visible = (j <= position[..., None]) & live[..., None]
+    if g.window:
+        visible = visible & (position[..., None] - j < g.window)
+    alive = g.live_keys(q.device)
+    if alive is not None:
+        visible = visible & alive[:, None]
+    step = max(1, CHUNK_BYTES // max(1, visible.numel() * work.itemsize))
+    for begin in range(0, len(heads), step):
+        some = heads[begin : begin + step]
+        mine = torch.stack([q[:, h] for h in some], 1)
+        asked = mine.gather(2, rows.expand(-1, len(some), -1, q.shape[-1])).to(work)
+        keys = torch.stack([k[:, h // g.group] for h in some], 1).to(work)
+        scores = (asked @ keys.mT) * scale
+        hidden = ~visible[:, None]
+        scores = scores.masked_fill(hidden, torch.finfo(work).min)
+        yield torch.softmax(scores, -1).masked_fill(hidden, 0.0)
+
+
+def _keys_in_order(segments: Segments, geometry: Geometry, key: int | None) -> tuple[Tensor, Tensor] | None:
+    """Position of each rank of a modality, int64 ``[B, kv_len]``, and which ranks exist; None for all keys."""
+    if key is None:
+        return None
+    rank = ramp(geometry.kv_len, segments.group.device)
+    slot = segments.key_start[:, key, None] + rank
+    position = segments.key_order.gather(1, slot.clamp(max=segments.key_order.shape[1] - 1).long())
+    exists = rank < segments.counts[:, key, None]
+    return torch.where(exists, position, 0).long(), exists
+
+
+def _keys_by_distance(
+    segments: Segments, geometry: Geometry, position: Tensor, key: int | None
+) -> tuple[Tensor, Tensor]:
+    """The key at each distance from each row, int64 ``[B, L, distances]``, and whether there is one."""
+    g = geometry
+    if key is None:
+        at = position[..., None] - ramp(g.q_len + g.q_offset, position.device)
+        return at.clamp(0, g.kv_len - 1), (at >= 0) & (at < g.kv_len)
+    seen = segments.seen[:, key].gather(1, (position + 1).clamp(max=g.kv_len))
+    rank = seen[..., None].long() - 1 - ramp(g.kv_len, position.device)
+    names = _keys_in_order(segments, g, key)
+    assert names is not None
+    found = names[0].gather(1, rank.clamp(min=0).flatten(1)).view_as(rank)
+    return found, rank >= 0
