@@ -24,7 +24,7 @@ from mmi_compile.kernels.geometry import Geometry
 from mmi_compile.kernels.patterns import AShape, ByModality, Dense, HeadPattern, Pattern, TriShape
 from mmi_compile.kernels.plan import RECORD, Plan, TileRecord
 from mmi_compile.kernels.planner import build_plan, lower, ordered_frame
-from mmi_compile.kernels.probe import LAST_Q
+from mmi_compile.kernels.probe import LAST_Q, head_chunks, row_scores
 from mmi_compile.kernels.rules import HeadRules, Probing, estimate_rules
 from mmi_compile.kernels.segments import Segments
 
@@ -169,23 +169,21 @@ def lower_part(part: Part, tiles: TileShape, segments: Segments) -> Plan:
 def _assembled(plain: Plan, parts: list[Part], plans: list[Plan], segments: Segments) -> Plan:
     """One plan of all heads: plain heads as they are, each tile of the others from the parts of its modality."""
     g, bm, device = plain.geometry, plain.block_m, plain.tiles.device
-    bounded = sorted({h for part in parts for h in part.heads})
+    bounded = _marked({h for part in parts for h in part.heads}, g.q_heads, device)
     grouped = any(part.key is not None for part in parts)
     shape = (g.batch, g.q_heads, segments.tile_group.shape[1], len(segments.labels) if grouped else 1, RECORD)
     tiles = torch.zeros(shape, dtype=torch.int32, device=device)
     tiles[:, :, : plain.query_tiles, :1] = plain.tiles
-    if bounded:
-        tiles.index_fill_(1, constant(tuple(bounded), device, torch.int64), 0)
-    order = F.pad(plain.rows().flatten(2).int(), (0, shape[2] * bm - plain.query_tiles * bm), value=-1).contiguous()
-    for head in bounded:
-        order[:, head] = segments.row_order
+    tiles.masked_fill_(bounded[:, None, None, None], 0)
+    order = F.pad(plain.rows().flatten(2).int(), (0, shape[2] * bm - plain.query_tiles * bm), value=-1)
+    order = torch.where(bounded[:, None], segments.row_order[:, None], order)
     pool = _Pool([plain.lists], [plain.columns], [plain.columns], [plain.list_bits])
     for part, plan in zip(parts, plans, strict=True):
         record = pool.add(part, plan, segments)
         mine = (segments.tile_group == part.query)[:, None, :, None]
-        for head in part.heads:
-            target = tiles[:, head, :, part.key or 0]
-            target.copy_(torch.where(mine[:, 0], record[:, head], target))
+        mine = mine & _marked(set(part.heads), g.q_heads, device)[:, None, None]
+        region = tiles[:, :, :, part.key or 0]
+        region.copy_(torch.where(mine, record, region))
     has_bits = any(bits is not None for bits in pool.bits)
     return dataclasses.replace(
         plain, tiles=tiles, row_order=order, has_sinks=plain.has_sinks or any(p.has_sinks for p in plans),
@@ -194,6 +192,11 @@ def _assembled(plain: Plan, parts: list[Part], plans: list[Plan], segments: Segm
         key_order=segments.key_order if grouped else None,
         column_slots=torch.cat(pool.slots, -1) if grouped else None,
     )  # fmt: skip
+
+
+def _marked(heads: set[int], count: int, device: torch.device) -> Tensor:
+    """Which of ``count`` query heads are among ``heads``, bool ``[HQ]``."""
+    return constant(tuple(int(h in heads) for h in range(count)), device, torch.bool)
 
 
 @dataclass(frozen=True)
@@ -293,14 +296,12 @@ def _weights(
     alive = g.live_keys(q.device)
     if alive is not None:
         visible = visible & alive[:, None]
+    hidden = ~visible[:, None]
     step = max(1, CHUNK_BYTES // max(1, visible.numel() * work.itemsize))
-    for begin in range(0, len(heads), step):
-        some = heads[begin : begin + step]
-        mine = torch.stack([q[:, h] for h in some], 1)
-        asked = mine.gather(2, rows.expand(-1, len(some), -1, q.shape[-1])).to(work)
-        keys = torch.stack([k[:, h // g.group] for h in some], 1).to(work)
-        scores = (asked @ keys.mT) * scale
-        hidden = ~visible[:, None]
+    for begin, end, kv_head in head_chunks(list(heads), g.group, step):
+        mine = torch.stack([q[:, h] for h in heads[begin:end]], 1)
+        asked = mine.gather(2, rows.expand(-1, end - begin, -1, q.shape[-1]))
+        scores = torch.stack([row_scores(asked[b], k[b, kv_head], work, scale) for b in range(g.batch)])
         scores = scores.masked_fill(hidden, torch.finfo(work).min)
         yield torch.softmax(scores, -1).masked_fill(hidden, 0.0)
 

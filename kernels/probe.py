@@ -199,9 +199,9 @@ def reference_probe(
     on_peaks = torch.zeros(g.batch, len(picked), g.kv_len, dtype=work, device=device)
     step = max(1, CHUNK_BYTES // (length * g.kv_len * work.itemsize))
     for b in range(g.batch):
-        for start, stop, kv_head in _chunks(picked, g.group, step):
+        for start, stop, kv_head in head_chunks(picked, g.group, step):
             head_rows = torch.stack([queries[b, h] for h in picked[start:stop]])  # [C, L, D]
-            scores = _scores(head_rows, k[b, kv_head], work, scale)
+            scores = row_scores(head_rows, k[b, kv_head], work, scale)
             weights = _softmax_visible(scores, g, None if hidden is None else hidden[b])
             tiles[b, start:stop] = tile_rows[b] @ weights
             if not slots:
@@ -295,7 +295,7 @@ def _add_peak_mass(target: Tensor, weights: Tensor, peaks: Tensor, slots: Tensor
     target.scatter_add_(-1, key.flatten(1), (weights.gather(-1, key) * real).flatten(1))
 
 
-def _chunks(heads: list[int], group: int, step: int) -> Iterator[tuple[int, int, int]]:
+def head_chunks(heads: list[int], group: int, step: int) -> Iterator[tuple[int, int, int]]:
     """Slices ``(start, stop, kv_head)`` of ``heads`` that share one key/value head, at most ``step`` long."""
     start = 0
     while start < len(heads):
@@ -307,7 +307,7 @@ def _chunks(heads: list[int], group: int, step: int) -> Iterator[tuple[int, int,
         start = stop
 
 
-def _scores(head_rows: Tensor, keys: Tensor, work: torch.dtype, scale: float) -> Tensor:
+def row_scores(head_rows: Tensor, keys: Tensor, work: torch.dtype, scale: float) -> Tensor:
     """Scaled scores ``[C, L, kv_len]`` in ``work`` precision without copying the keys to it where that is possible."""
     flat = head_rows.flatten(0, 1)  # [C * L, D]
     if flat.is_cuda and flat.dtype in (torch.float16, torch.bfloat16):

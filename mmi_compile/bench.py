@@ -11,7 +11,7 @@ import gc
 import sys
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from unittest.mock import patch
 
@@ -19,12 +19,15 @@ import torch
 from torch import Tensor
 
 from mmi_compile.bench_blocks import NotFeasible
-from mmi_compile.bench_cases import Case, is_dense, make_inputs
+from mmi_compile.bench_cases import TEXT, VIDEO, Case, is_dense, make_inputs, video_prompt
 from mmi_compile.bench_measure import peak_bytes, relative_error, sampled_rows, time_call
 from mmi_compile.bench_peers import PEERS, Call, Family, kernel_families
 from mmi_compile.bench_rows import DTYPES, FAILED, SKIPPED, TOLERANCE, BenchOptions, Results, Row
+from mmi_compile.kernels.boundaries import build_bounded_plan
 from mmi_compile.kernels.geometry import Geometry
+from mmi_compile.kernels.patterns import ByModality
 from mmi_compile.kernels.plan import Plan
+from mmi_compile.kernels.segments import Segments, segment
 
 T = TypeVar("T")
 
@@ -141,6 +144,8 @@ class _Bench:
     def _side_by_side(self, case: Case, qkv: tuple[Tensor, Tensor, Tensor]) -> Iterator[Row]:
         tokens, names = qkv[0].shape[2], self.options.peers
         yield from self._dense_peers(case, qkv, is_dense(case.patterns(self.options.heads)))
+        if case.bounded:
+            yield from self._segmentation(case, qkv)
         plan: Plan | None = None
         for family in self._families(qkv[0]):
             if isinstance(family, str):
@@ -161,6 +166,18 @@ class _Bench:
                 found = yield from self._caught(row, self._time_peer, row, name, qkv, plan)
                 if found is not None:
                     yield found
+
+    def _segmentation(self, case: Case, qkv: tuple[Tensor, Tensor, Tensor]) -> Iterator[Row]:
+        """What grouping the tokens costs, once for all layers."""
+        q, k, _ = qkv
+        for family in self._families(q)[:1]:
+            if not isinstance(family, str):
+                planner = _Planner(case, q, k, q.shape[-1] ** -0.5, family)
+                timing = time_call(planner.segment, self.device, self.options.repeats)
+                yield Row(
+                    q.shape[2], case.name, "segmentation", True, kernel_ms=timing.device_ms, op_ms=timing.device_ms,
+                    host_ms=timing.host_ms, repeats=timing.repeats, speedup=self._speedup(timing.device_ms),
+                )  # fmt: skip
 
     def _families(self, q: Tensor) -> list[Family | str]:
         try:
@@ -283,13 +300,33 @@ class _Planner:
     k: Tensor
     scale: float
     family: Family
+    made: dict[object, Any] = field(default_factory=dict)
 
     @property
     def geometry(self) -> Geometry:
         batch, heads, tokens, _ = self.q.shape
         return Geometry(batch, heads, self.k.shape[1], tokens, tokens)
 
+    def segment(self) -> Segments:
+        """The prompt of the cases with boundaries, grouped; the ids are made once."""
+        g = self.geometry
+        key = ("ids", g.batch, g.kv_len)
+        if key not in self.made:
+            self.made[key] = video_prompt(g.kv_len, g.batch, self.q.device)
+        return segment(self.made[key], (TEXT, VIDEO), g, self.family.tiles)
+
     def plan(self) -> Plan:
+        if self.case.bounded:
+            # Grouped once for all layers of a model, so it is no part of planning one of them.
+            if "segments" not in self.made:
+                self.made["segments"] = self.segment()
+            heads = self.case.patterns(self.q.shape[1])
+            assert heads is not None
+            tiles = self.family.tiles
+            return build_bounded_plan(heads, self.q, self.k, self.geometry, self.scale, tiles, self.made["segments"])
+        return self._plain_plan()
+
+    def _plain_plan(self) -> Plan:
         patterns = self.case.patterns(self.q.shape[1])
         if patterns is None:
             from mmi_compile.kernels.adaptive import adaptive_plan
@@ -297,7 +334,8 @@ class _Planner:
             return adaptive_plan(self.q, self.k, self.geometry, self.scale, self.family.tiles)[0]
         from mmi_compile.kernels.planner import build_plan
 
-        return build_plan(patterns, self.q, self.k, self.geometry, self.scale, self.family.tiles)
+        plain = [p for p in patterns if not isinstance(p, ByModality)]
+        return build_plan(plain, self.q, self.k, self.geometry, self.scale, self.family.tiles)
 
     def probe(self) -> Callable[[], Any] | None:
         """The probes that ``plan`` makes, with the same arguments; None when it makes none."""

@@ -12,7 +12,7 @@ import torch
 
 from mmi_compile._suggest import did_you_mean
 from mmi_compile.kernels import patterns as known_patterns
-from mmi_compile.kernels.patterns import AShape, Dense, Grid, Pattern, VerticalSlash
+from mmi_compile.kernels.patterns import AShape, ByModality, Dense, Grid, HeadPattern, Pattern, VerticalSlash
 from mmi_compile.kernels.structured import StructuredInput, long_context_structure, structured_qkv
 
 MIX_OF_28 = {"grid": 16, "vertical_slash": 8, "a_shape": 4}
@@ -24,6 +24,19 @@ MIX_PATTERNS: dict[str, Pattern] = {
     "a_shape": AShape(128, 4096),
 }
 
+TEXT, VIDEO = 0, 2
+FRAME, STAMP, VIDEO_SHARE = 256, 6, 0.85
+"""The prompt of the cases with boundaries: tokens of a video frame, of the time stamp after it, and video in all."""
+
+BOUNDARIES: dict[str, HeadPattern] = {
+    "q": ByModality("q", AShape(128, 4096), ((VIDEO, VerticalSlash(1000, 1024)),)),
+    "2d": ByModality(
+        "2d",
+        AShape(128, 4096),
+        (((VIDEO, VIDEO), VerticalSlash(1000, 1024)), ((VIDEO, TEXT), AShape(128, 256))),
+    ),
+}
+
 DEFAULT_CASES = (
     "dense",
     "a_shape(128,4096)",
@@ -32,6 +45,8 @@ DEFAULT_CASES = (
     "vertical_slash(1000,1024)",
     "block_topk",
     "mix",
+    "q",
+    "2d",
     "adaptive",
 )
 QUICK_CASES = ("dense", "a_shape(128,4096)", "vertical_slash(1000,1024)", "adaptive")
@@ -56,8 +71,8 @@ class Case:
     """One thing to measure.
 
     Attributes:
-        name: as given. kind: pattern name, ``"mix"`` or ``"adaptive"``.
-        pattern: the pattern of all heads, None for ``mix`` and ``adaptive``.
+        name: as given. kind: pattern name, ``"mix"``, ``"adaptive"``, or a boundary: ``"q"`` or ``"2d"``.
+        pattern: the pattern of all heads, None for ``mix``, ``adaptive`` and boundaries.
         reason: why the case cannot be measured here, or "".
     """
 
@@ -66,8 +81,15 @@ class Case:
     pattern: Pattern | None = None
     reason: str = ""
 
-    def patterns(self, heads: int) -> tuple[Pattern, ...] | None:
+    @property
+    def bounded(self) -> bool:
+        """Whether heads treat modalities apart."""
+        return self.kind in BOUNDARIES
+
+    def patterns(self, heads: int) -> tuple[HeadPattern, ...] | None:
         """The pattern of every head; None when the policy chooses."""
+        if self.bounded:
+            return (BOUNDARIES[self.kind],) * heads
         if self.kind == "adaptive":
             return None
         if self.kind == "mix":
@@ -79,7 +101,8 @@ class Case:
         """What each head of the inputs resembles. Cases with the same answer are measured on the same tensors."""
         if self.kind in ("mix", "adaptive"):
             return mix(heads)
-        return (self.kind if self.kind in ("grid", "vertical_slash") else "a_shape",) * heads
+        kind = "vertical_slash" if self.bounded else self.kind
+        return (kind if kind in ("grid", "vertical_slash") else "a_shape",) * heads
 
 
 def mix(heads: int) -> tuple[str, ...]:
@@ -138,10 +161,10 @@ def _parse_case(word: str) -> Case:
     read = re.fullmatch(r"(\w+)(?:\((.*)\))?", word)
     name = read[1] if read else word
     kinds = _pattern_kinds()
-    if name in ("mix", "adaptive") and read and read[2] is None:
+    if name in ("mix", "adaptive", *BOUNDARIES) and read and read[2] is None:
         return Case(word, name)
     if read is None or name not in kinds:
-        raise CaseError(f"unknown case {word!r}{did_you_mean(name, [*kinds, 'mix', 'adaptive'])}")
+        raise CaseError(f"unknown case {word!r}{did_you_mean(name, [*kinds, 'mix', 'adaptive', *BOUNDARIES])}")
     return Case(word, name, _parse_pattern(kinds[name], name, read[2] or ""))
 
 
@@ -178,6 +201,16 @@ def _value(text: str) -> int | float | bool | str | None:
     return text
 
 
-def is_dense(patterns: Sequence[Pattern] | None) -> bool:
+def video_prompt(tokens: int, batch: int, device: torch.device) -> torch.Tensor:
+    """Modality ids int8 ``[batch, tokens]`` of a prompt that is mostly video: text, frames with time stamps, text."""
+    frames = int(tokens * VIDEO_SHARE) // FRAME
+    ids = torch.full((tokens,), TEXT, dtype=torch.int8, device=device)
+    last = min(128, tokens - frames * (FRAME + STAMP))
+    place = torch.arange(tokens, device=device) - (tokens - last - frames * (FRAME + STAMP))
+    inside = (place >= 0) & (place < frames * (FRAME + STAMP)) & (place % (FRAME + STAMP) < FRAME)
+    return torch.where(inside, VIDEO, ids).to(torch.int8).expand(batch, -1).contiguous()
+
+
+def is_dense(patterns: Sequence[HeadPattern] | None) -> bool:
     """Whether every head keeps everything."""
     return patterns is not None and all(isinstance(pattern, Dense) for pattern in patterns)
