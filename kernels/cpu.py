@@ -45,12 +45,13 @@ def attention_cpu(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, out
     for b in range(g.batch):
         live = None if live_keys is None else live_keys[b]
         records = [[_regions(tile) for tile in head] for head in plan.tiles[b].tolist()]
+        spans = _spans(plan, b)
         for kv_head in range(g.kv_heads):
             space = _Space(k[b, kv_head].to(work).contiguous(), v[b, kv_head].to(work).contiguous())
             if live is not None:
                 # The weight of a dead key is zero, and zero times NaN is not.
                 space = _Space(space.keys, space.values.masked_fill(~live[:, None], 0.0))
-            run = _GroupRun(plan, b, space, scale, _live_range(g, b), live, records)
+            run = _GroupRun(plan, b, space, scale, _live_range(g, b), live, records, spans)
             run.attend(q[b], out[b], range(kv_head * g.group, (kv_head + 1) * g.group))
     return out
 
@@ -59,6 +60,20 @@ def _live_range(geometry: Geometry, b: int) -> tuple[int, int]:
     start = 0 if geometry.kv_start is None else int(geometry.kv_start[b])
     stop = geometry.kv_len if geometry.kv_stop is None else int(geometry.kv_stop[b])
     return start, min(stop, geometry.kv_len)
+
+
+def _spans(plan: Plan, b: int) -> list[list[tuple[int, int]]]:
+    """Smallest and largest position in every tile of every head; ``(0, -1)`` for a tile without rows."""
+    g, bm = plan.geometry, plan.block_m
+    if plan.row_order is None:
+        starts = range(0, g.q_len, bm)
+        return [[(start + g.q_offset, min(start + bm, g.q_len) - 1 + g.q_offset) for start in starts]] * g.q_heads
+    rows = plan.row_order[b].view(g.q_heads, -1, bm)
+    low, high = torch.where(rows < 0, g.q_len, rows).amin(-1).tolist(), rows.amax(-1).tolist()
+    return [
+        [(first + g.q_offset, last + g.q_offset) if last >= 0 else (0, -1) for first, last in zip(*head, strict=True)]
+        for head in zip(low, high, strict=True)
+    ]
 
 
 class _Region(NamedTuple):
@@ -162,7 +177,7 @@ class _Visit(NamedTuple):
 class _ColumnBuffer(NamedTuple):
     """Columns of a head: positions int64 ``[C]``, slots in their key spaces, keys and values ``[C, D]``."""
 
-    index: Tensor
+    position: Tensor
     slots: Tensor
     keys: Tensor
     values: Tensor
@@ -174,7 +189,7 @@ class _GroupRun:
 
     Attributes:
         space: the keys in order. live: the range of live keys; alive: bool ``[kv_len]``, None when all keys are.
-        records: the regions of every tile of every head.
+        records, spans: the regions of every tile of every head; the smallest and largest position in it.
     """
 
     plan: Plan
@@ -184,6 +199,7 @@ class _GroupRun:
     live: tuple[int, int]
     alive: Tensor | None
     records: list[list[tuple[_Region, ...]]]
+    spans: list[list[tuple[int, int]]]
 
     @cached_property
     def grouped(self) -> _Space:
@@ -205,7 +221,7 @@ class _GroupRun:
         for tile in range(plan.query_tiles):
             by_visit: dict[tuple[tuple[_Visit, ...], int], list[int]] = {}
             for h in remaining:
-                low, high = self._positions(h, tile)
+                low, high = self.spans[h][tile]
                 if low > high:
                     continue
                 visits = tuple(self._visit(region, low, high) for region in self.records[h][tile])
@@ -233,7 +249,7 @@ class _GroupRun:
         regions = self.records[h][tile]
         if len(regions) != 1 or regions[0].grouped or regions[0].window_start:
             return False
-        return regions[0].window_stop * self.plan.block_n > self._positions(h, tile)[1]
+        return regions[0].window_stop * self.plan.block_n > self.spans[h][tile][1]
 
     def _has_columns(self, h: int) -> bool:
         return any(region.num_columns for tile in self.records[h] for region in tile)
@@ -252,13 +268,6 @@ class _GroupRun:
             return slice(begin, min(begin + self.plan.block_m, self.plan.geometry.q_len))
         rows = self.plan.row_order[self.b, h, begin : begin + self.plan.block_m].long()
         return rows[rows >= 0]
-
-    def _positions(self, h: int, tile: int) -> tuple[int, int]:
-        """Smallest and largest position in a tile; ``(0, -1)`` for a tile without rows."""
-        rows, offset = self._rows(h, tile), self.plan.geometry.q_offset
-        if isinstance(rows, slice):
-            return rows.start + offset, rows.stop - 1 + offset
-        return (int(rows.min()) + offset, int(rows.max()) + offset) if rows.numel() else (0, -1)
 
     def _blocks(self, region: _Region) -> Iterator[int]:
         """Sink and listed blocks, ascending."""

@@ -56,8 +56,9 @@ class Plan:
     A tile of ``block_m`` query rows visits ``R`` regions, whose keys are different ones, and in each region each of
     these pairs exactly once:
 
-    * **window**: the key blocks ``window_start ... window_stop - 1``. Only here is causality tested. In one region or
-      another the window holds a key of every live row. A dense tile is a window that starts at block 0.
+    * **window**: the key blocks ``window_start ... window_stop - 1``. Only here is causality tested. A dense tile is
+      a window that starts at block 0. Planners see to it that some window holds a key of every live row; a row without
+      any key gives zeros.
     * **sinks**: the key blocks ``sink_start ... sink_stop - 1``.
     * **listed blocks**: ``num_blocks`` key blocks of ``block_n`` keys, ascending, all different, in
       ``[sink_stop, window_start)``, hence causally full for every row of the tile.

@@ -12,12 +12,15 @@ import torch
 from torch import Tensor
 
 from mmi_compile.kernels.geometry import Geometry
-from mmi_compile.kernels.plan import Plan
+from mmi_compile.kernels.plan import Plan, TileRecord
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 LARGEST = 1 << 28
 """Entries that a list may have."""
+
+_OWN_LISTS = TileRecord._fields.index("list_start")
+"""Fields of a record before this one mean the same in every head."""
 
 
 class NotFeasible(Exception):
@@ -53,26 +56,30 @@ def block_lists(plan: Plan, *, most: float = float("inf"), full_width: bool = Fa
         full_width: make the lists as wide as there are key blocks.
 
     Raises:
-        NotFeasible: rows are permuted, the model's mask is not plain causality, or the lists would be too large.
+        NotFeasible: rows are permuted, keys are grouped, tiles visit several regions, the model's mask is not plain
+            causality, or the lists would be too large.
     """
     g = plan.geometry
     if plan.row_order is not None:
         raise NotFeasible("its rows are permuted")
+    if plan.key_order is not None:
+        raise NotFeasible("its keys are grouped by modality")
+    if plan.regions != 1:
+        raise NotFeasible(f"its tiles visit {plan.regions} regions")
     if not _plain(g):
         raise NotFeasible("the model's mask is more than causal")
-    if plan.tiles.numel() // 8 * plan.key_blocks > LARGEST and not _heads_agree(plan):
+    if plan.record.num_blocks.numel() * plan.key_blocks > LARGEST and not _heads_agree(plan):
         raise NotFeasible("lists of blocks for every head would take more memory than attention itself")
     if _heads_agree(plan):
         plan = _first_head(plan)
-    r, key_blocks = plan.record, plan.key_blocks
+    r, key_blocks = _only_region(plan), plan.key_blocks
     tile = torch.arange(plan.query_tiles, device=plan.tiles.device, dtype=torch.int32)
-    low = tile * plan.block_m
-    full_stop = torch.maximum(r.window_start, (low + 1) // plan.block_n)
-    stop = (low + plan.block_m).clamp(max=g.q_len).sub(1) // plan.block_n + 1
+    # Blocks of the window up to the tile's first row are full; the plan's own bounds need not be this tight.
+    full_stop = torch.minimum(torch.maximum(r.window_start, (tile * plan.block_m + 1) // plan.block_n), r.window_stop)
     column_count, column_blocks = _column_blocks(plan)
     sinks, listed, window = r.sink_stop - r.sink_start, r.num_blocks, full_stop - r.window_start
     full_count = sinks + listed + window
-    partial_count = column_count + (stop - full_stop)
+    partial_count = column_count + (r.window_stop - full_stop)
     computed, planned = int((full_count + partial_count).sum()), int(plan.work().sum())
     if computed > most * planned:
         raise NotFeasible(f"columns touch so many blocks that it would compute {computed / planned:.1f} x our tiles")
@@ -87,7 +94,7 @@ def block_lists(plan: Plan, *, most: float = float("inf"), full_width: bool = Fa
     partial = _piecewise(
         slot,
         (column_count, lambda s: _at(column_blocks, s)),
-        (stop - full_stop, lambda s: full_stop[..., None] + s),
+        (r.window_stop - full_stop, lambda s: full_stop[..., None] + s),
     )
     shape = partial_count.shape
     full_blocks, partial_blocks = (x.clamp(0, key_blocks - 1).int().contiguous() for x in (full, partial))
@@ -122,7 +129,13 @@ def _heads_agree(plan: Plan) -> bool:
         return False
     tiles, lists = plan.tiles, plan.lists.numel() > 0
     # Equal records name equal entries; heads with lists of their own differ in where those begin.
-    return bool((tiles == tiles[:, :1]).all()) or (not lists and bool((tiles[..., :4] == tiles[:, :1, :, :4]).all()))
+    compared = tiles if lists else tiles[..., :_OWN_LISTS]
+    return bool((compared == compared[:, :1]).all())
+
+
+def _only_region(plan: Plan) -> TileRecord:
+    """The fields of a plan of one region, each int32 ``[B, H, QT]``."""
+    return TileRecord(*plan.tiles[:, :, :, 0].unbind(-1))
 
 
 def _first_head(plan: Plan) -> Plan:
@@ -155,13 +168,16 @@ def _piecewise(slot: Tensor, *parts: tuple[Tensor, Callable[[Tensor], Tensor]]) 
 
 def _column_blocks(plan: Plan) -> tuple[Tensor, Tensor]:
     """Number ``[B, H, QT]`` and list ``[B, H, QT, MOST]`` of the key blocks that hold columns and are not listed."""
-    r, most = plan.record, plan.columns.shape[-1]
+    r, most = _only_region(plan), plan.columns.shape[-1]
     if not most:
         return torch.zeros_like(r.num_columns), plan.tiles.new_zeros(*r.num_columns.shape, 0)
     slots = torch.arange(most, device=plan.tiles.device)
-    block = torch.where(slots < r.num_columns[..., None], (plan.columns // plan.block_n)[:, :, None], plan.key_blocks)
+    first = r.column_start[..., None]
+    used = (slots >= first) & (slots < first + r.num_columns[..., None])
+    block = torch.where(used, (plan.columns // plan.block_n)[:, :, None], plan.key_blocks)
     touched = torch.zeros(*r.num_columns.shape, plan.key_blocks + 1, dtype=torch.bool, device=slots.device)
-    touched = touched.scatter(-1, block.clamp(max=plan.key_blocks).long(), True)[..., :-1] & ~plan.listed_blocks()
+    touched = touched.scatter(-1, block.clamp(max=plan.key_blocks).long(), True)[..., :-1]
+    touched &= ~plan.listed_blocks()[:, :, :, 0]
     count = touched.sum(-1, dtype=torch.int32)
     width = max(1, int(count.max()))
     order = torch.where(touched, torch.arange(plan.key_blocks, device=slots.device), plan.key_blocks).sort(-1).values
@@ -171,17 +187,20 @@ def _column_blocks(plan: Plan) -> tuple[Tensor, Tensor]:
 def _mask_mod(plan: Plan) -> MaskMod:
     if not plan.columns.shape[-1]:
         return _causal
-    g, r, block_m, block_n = plan.geometry, plan.record, plan.block_m, plan.block_n
+    g, r, block_m, block_n = plan.geometry, _only_region(plan), plan.block_m, plan.block_n
     slots = torch.arange(plan.columns.shape[-1], device=plan.tiles.device)
-    used = torch.where(slots < r.num_columns.amax(-1)[..., None], plan.columns, g.kv_len).long()
-    # The rank of a key among the columns of its head, one more than any count where it is none.
+    first, end = r.column_start.contiguous(), (r.column_start + r.num_columns).contiguous()
+    least = torch.where(r.num_columns > 0, r.column_start, 1 << 30).amin(-1)[..., None]
+    used = torch.where((slots >= least) & (slots < end.amax(-1)[..., None]), plan.columns, g.kv_len).long()
+    # The rank of a key among the columns of its head, beyond all of them where it is none.
     rank = torch.full((*used.shape[:2], g.kv_len + 1), 1 << 30, dtype=torch.int32, device=slots.device)
     rank = rank.scatter(-1, used, slots.int().expand_as(used).contiguous())
-    window, count = r.window_start.contiguous(), r.num_columns.contiguous()
+    window = r.window_start.contiguous()
 
     def keep(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         tile = i // block_m
-        return (j <= i) & ((j // block_n >= window[b, h, tile]) | (rank[b, h, j] < count[b, h, tile]))
+        column = (rank[b, h, j] >= first[b, h, tile]) & (rank[b, h, j] < end[b, h, tile])
+        return (j <= i) & ((j // block_n >= window[b, h, tile]) | column)
 
     return keep
 

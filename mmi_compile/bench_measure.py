@@ -131,9 +131,18 @@ def _row_keys(plan: Plan | None, b: int, h: int, row: int, keys: Tensor) -> Tens
     tile = row // plan.block_m
     if plan.row_order is not None:
         tile = int((plan.row_order[b, h] == row).nonzero()[0]) // plan.block_m
-    record = {name: int(value[b, h, tile]) for name, value in plan.record._asdict().items()}
-    block = j // plan.block_n
-    keep = (block >= record["window_start"]) | ((block >= record["sink_start"]) & (block < record["sink_stop"]))
-    listed = plan.lists[record["list_start"] : record["list_start"] + record["num_blocks"]] + record["list_base"]
-    keep = keep | torch.isin(block, listed.long()) | torch.isin(j, plan.columns[b, h, : record["num_columns"]].long())
+    keep = torch.zeros_like(j, dtype=torch.bool)
+    for region in range(plan.regions):
+        record = {name: int(value[b, h, tile, region]) for name, value in plan.record._asdict().items()}
+        order = plan.key_order[b].long() if plan.key_order is not None and record["grouped"] else j
+        visited = order[_visited(plan, record, torch.arange(order.numel(), device=j.device) // plan.block_n)]
+        columns = plan.columns[b, h, record["column_start"] :][: record["num_columns"]].long()
+        keep = keep | torch.isin(j, torch.cat([visited, columns]))  # -1, an empty slot, is no key
     return keep & (j <= row)
+
+
+def _visited(plan: Plan, record: dict[str, int], block: Tensor) -> Tensor:
+    """Whether window, sinks or list of a region hold ``block``, integers of any shape."""
+    listed = plan.lists[record["list_start"] : record["list_start"] + record["num_blocks"]] + record["list_base"]
+    window = (block >= record["window_start"]) & (block < record["window_stop"])
+    return window | (block >= record["sink_start"]) & (block < record["sink_stop"]) | torch.isin(block, listed.long())

@@ -114,7 +114,8 @@ class _Groups:
     def draw(cls, draw: Draw, g: Geometry, block_n: int) -> _Groups:
         count = draw.integer(1, 3)
         live = g.live_keys("cpu")
-        rows, spans = [], []
+        rows: list[list[int]] = []
+        spans: list[list[tuple[int, int]]] = []
         for b in range(g.batch):
             keys = torch.arange(g.kv_len)
             step = draw.integer(1, 20)

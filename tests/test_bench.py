@@ -21,8 +21,9 @@ from mmi_compile.bench_rows import SCHEMA, BenchOptions, Results, Row, rows_from
 from mmi_compile.bench_table import best_lines, can_plot, plot, print_table, progress_line, token_text
 from mmi_compile.kernels.geometry import Geometry
 from mmi_compile.kernels.patterns import AShape, BlockTopK, Dense, Grid, VerticalSlash
-from mmi_compile.kernels.plan import Plan
+from mmi_compile.kernels.plan import RECORD, Plan, TileRecord
 from mmi_compile.kernels.reference import attention_reference
+from tests.random_plans import masked_attention, random_plan, random_qkv
 
 CPU = torch.device("cpu")
 
@@ -35,7 +36,7 @@ def plans(draw: st.DrawFn) -> Plan:
     g = Geometry(1, heads, 1, length, length)
     tiles, key_blocks = -(-length // block_m), -(-length // block_n)
     most_columns = draw(st.sampled_from([0, 0, 7]))
-    records = torch.zeros(1, heads, tiles, 8, dtype=torch.int32)
+    records = torch.zeros(1, heads, tiles, 1, RECORD, dtype=torch.int32)
     columns = torch.full((1, heads, most_columns), length, dtype=torch.int32)
     lists: list[int] = []
     bits: list[int] = []
@@ -53,11 +54,15 @@ def plans(draw: st.DrawFn) -> Plan:
             words = [0] * (-(-(max(key_blocks, tiles) + 1) // 32))
             for n in listed:
                 words[abs(n - base) // 32] |= 1 << (abs(n - base) % 32)
-            records[0, h, t] = torch.tensor([start, 0, sinks, len(listed), len(lists), base, used, len(bits)])
             # Bits count distances from the base, so blocks left and right of it must not meet.
             if base > 0 and any(n > base for n in listed):
-                records[0, h, t, 5] = base = 0
-                words = [sum(1 << n for n in listed)]
+                base, words = 0, [sum(1 << n for n in listed)]
+            full = draw(st.integers(start, max(start, (t * block_m + 1) // block_n)))
+            window = [start, start, full, (min((t + 1) * block_m, length) - 1) // block_n + 1]
+            skipped = draw(st.integers(0, used))
+            records[0, h, t, 0] = torch.tensor(
+                [*window, 0, sinks, len(listed), len(lists), base, used - skipped, skipped, len(bits), 0]
+            )
             lists += [n - base for n in listed]
             bits += words
     tensors = [torch.tensor(x, dtype=torch.int32) for x in (lists, [b - (1 << 32) if b >> 31 else b for b in bits])]
@@ -120,7 +125,8 @@ def test_pairs_count_whole_tiles(plan: Plan) -> None:
 
 def small_plan(**changes: object) -> Plan:
     g = Geometry(1, 2, 1, 12, 12)
-    records = torch.zeros(1, 2, 3, 8, dtype=torch.int32)
+    records = torch.zeros(1, 2, 3, 1, RECORD, dtype=torch.int32)
+    TileRecord(*records.unbind(-1)).window_stop.copy_(torch.arange(1, 4)[:, None])
     plan = Plan(g, 4, 4, records, torch.empty(0, dtype=torch.int32), torch.empty(1, 2, 0, dtype=torch.int32))
     return dataclasses.replace(plan, **changes)  # type: ignore[arg-type]
 
@@ -134,10 +140,17 @@ def test_plans_that_lists_cannot_hold_are_refused_with_the_reason() -> None:
         block_lists(small_plan(row_order=torch.arange(12, dtype=torch.int32).expand(1, 2, 12)))
     with pytest.raises(NotFeasible, match="more than causal"):
         block_lists(small_plan(geometry=Geometry(1, 2, 1, 12, 12, window=3)))
+    with pytest.raises(NotFeasible, match="grouped by modality"):
+        block_lists(small_plan(key_order=torch.arange(12, dtype=torch.int32)[None]))
+    with pytest.raises(NotFeasible, match="visit 2 regions"):
+        block_lists(small_plan(tiles=small_plan().tiles.expand(-1, -1, -1, 2, -1)))
     columns = torch.arange(0, 40, 4, dtype=torch.int32).expand(1, 1, 10).contiguous()
-    records = torch.zeros(1, 1, 12, 8, dtype=torch.int32)
-    for t in range(12):
-        records[0, 0, t, 0], records[0, 0, t, 6] = t, min(10, t)
+    records = torch.zeros(1, 1, 12, 1, RECORD, dtype=torch.int32)
+    record, tile = TileRecord(*records.unbind(-1)), torch.arange(12)[:, None]
+    for field in (record.window_start, record.window_left, record.window_full):
+        field.copy_(tile)
+    record.window_stop.copy_(tile + 1)
+    record.num_columns.copy_(tile.clamp(max=10))
     scattered = Plan(Geometry(1, 1, 1, 48, 48), 4, 4, records, torch.empty(0, dtype=torch.int32), columns)
     assert block_lists(scattered).has_columns
     with pytest.raises(NotFeasible, match="x our tiles"):
@@ -226,6 +239,24 @@ def test_error_of_the_exact_result_is_rounding_and_of_a_wrong_one_is_not(plan: P
     assert relative_error(q, k, v, out + 1, 0.3, rows, plan) > 1e-2
     out[0, -1, -1] = float("nan")
     assert not relative_error(q, k, v, out, 0.3, rows, plan) < 1e9
+
+
+def test_error_is_measured_over_all_regions_and_grouped_keys() -> None:
+    """Random plans, read as plans of plain causal attention."""
+    measured = 0
+    for seed in range(60):
+        plan = random_plan(seed, block_m=8, block_n=8, max_len=40)
+        g = plan.geometry
+        plain = Geometry(g.batch, g.q_heads, g.kv_heads, g.q_len, g.kv_len)
+        plan = dataclasses.replace(plan, geometry=plain)
+        mask = plan.to_mask()
+        if g.q_offset or g.q_len != g.kv_len or not mask.any(-1).all():
+            continue
+        q, k, v = random_qkv(seed, plain, 8, torch.float32)
+        out = masked_attention(q, k, v, mask, 0.3)
+        assert relative_error(q, k, v, out, 0.3, sampled_rows(g.q_len, seed), plan) < 1e-5
+        measured += bool((plan.record.grouped != 0).any())
+    assert measured >= 5
 
 
 @given(st.integers(1, 50))

@@ -103,7 +103,7 @@ def test_offsets_beyond_32_bits_are_right(family: Family) -> None:
     for head in (0, 19):
         for row in (0, 77, 500_000, g.q_len - 1):
             tile = row // plan.block_m
-            start, stop = (int(x[0, head, tile]) * bn for x in (record.window_start, record.sink_stop))
+            start, stop = (int(x[0, head, tile, 0]) * bn for x in (record.window_start, record.sink_stop))
             keys = torch.cat([torch.arange(0, min(stop, start)), torch.arange(start, row + 1)]).to(device)
             scores = (k[0, head, keys].double() @ q[0, head, row].double()) * dim**-0.5
             want = torch.softmax(scores, 0) @ v[0, head, keys].double()
