@@ -73,13 +73,11 @@ class Case:
     Attributes:
         name: as given. kind: pattern name, ``"mix"``, ``"adaptive"``, or a boundary: ``"q"`` or ``"2d"``.
         pattern: the pattern of all heads, None for ``mix``, ``adaptive`` and boundaries.
-        reason: why the case cannot be measured here, or "".
     """
 
     name: str
     kind: str
     pattern: Pattern | None = None
-    reason: str = ""
 
     @property
     def bounded(self) -> bool:
