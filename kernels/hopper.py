@@ -21,6 +21,7 @@ from mmi_compile.kernels.hopper_spec import (
     hopper_supported,
 )
 from mmi_compile.kernels.launch import (
+    HIDDEN,
     LOG2_E,
     aligned,
     bounds,
@@ -36,9 +37,6 @@ from mmi_compile.kernels.launch import (
 from mmi_compile.kernels.plan import Plan
 from mmi_compile.kernels.render import kernel_module
 from mmi_compile.kernels.spec import Features
-
-HIDDEN = 2**31 - 1
-"""A key position that no row reaches."""
 
 WARPS = 4
 """Warps of the first partition; the second warp group and the loading warp come on top."""

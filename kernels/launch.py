@@ -19,6 +19,8 @@ from mmi_compile.kernels.spec import Features, padded_head_dim, supported
 
 _DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 LOG2_E = 1.0 / math.log(2.0)
+HIDDEN = 2**31 - 1
+"""A key position that no row reaches."""
 _INTERPRETER_ARCH = "sm_80"  # pointers only; any table would do
 COMPACT_ROWS = 64
 """Columns that one program of ``compact_columns`` copies."""

@@ -34,8 +34,7 @@ _modules: dict[str, ModuleType] = {}
 
 def rendered_source(spec: AnySpec) -> str:
     """The Triton source of the kernel for ``spec``; the same spec always gives the same text."""
-    template = _environment().from_string(_template_text(spec.template))
-    return template.render(spec=spec, digest=digest(spec), title=_title(spec), record=RECORD)
+    return _template(spec.template).render(spec=spec, digest=digest(spec), title=_title(spec), record=RECORD)
 
 
 @lru_cache(maxsize=1024)
@@ -122,6 +121,11 @@ def _title(spec: AnySpec) -> str:
 @lru_cache(maxsize=8)
 def _template_text(name: str) -> str:
     return resources.files("mmi_compile.kernels").joinpath("templates").joinpath(name).read_text(encoding="utf-8")
+
+
+@lru_cache(maxsize=8)
+def _template(name: str) -> jinja2.Template:
+    return _environment().from_string(_template_text(name))
 
 
 @lru_cache(maxsize=1)

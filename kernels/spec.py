@@ -32,6 +32,9 @@ _DESCRIPTOR_ARCHS = frozenset({"sm_90", "sm_100"})
 # the estimate is generous without this.
 _RESERVED = {"sm_90": 2 * KIB, "sm_100": 2 * KIB}
 
+# There, what the online softmax carries from region to region changes its layout through shared memory.
+_RESERVED_FOR_REGIONS = {"sm_100": 4 * KIB}
+
 # Relatives that share the tables (and the shared memory) of a listed architecture.
 _ALIASES = {"sm_87": "sm_80", "sm_103": "sm_100", "sm_121": "sm_120"}
 
@@ -217,7 +220,9 @@ def choose_spec(
         raise ValueError(reason)
     known = canonical_arch(arch)
     assert known is not None
-    tile = _fit(known, dtype, head_dim, _preferred(known, dtype, head_dim, block_m, block_n))
+    reserved = _RESERVED.get(known, 0) + (_RESERVED_FOR_REGIONS.get(known, 0) if features.has_regions else 0)
+    preferred = _preferred(known, dtype, head_dim, block_m, block_n)
+    tile = _fit(known, dtype, head_dim, preferred, SHARED_MEMORY[known] - reserved)
     allowed = allows_descriptors(known, features)
     chosen = {f.name: getattr(features, f.name) for f in fields(Features)}
     chosen["use_descriptors"] = allowed if descriptors is None else descriptors and allowed
@@ -239,9 +244,9 @@ def _preferred(arch: str, dtype: str, head_dim: int, block_m: int | None, block_
     return wanted._replace(num_warps=warps, num_stages=1 if family == "gfx942" else 3)
 
 
-def _fit(arch: str, dtype: str, head_dim: int, tile: Tile) -> Tile:
-    """``tile`` with as many stages, up to its own number, as shared memory holds."""
-    limit, block_d = SHARED_MEMORY[arch] - _RESERVED.get(arch, 0), padded_head_dim(head_dim)
+def _fit(arch: str, dtype: str, head_dim: int, tile: Tile, limit: int) -> Tile:
+    """``tile`` with as many stages, up to its own number, as ``limit`` bytes of shared memory hold."""
+    block_d = padded_head_dim(head_dim)
     for stages in range(tile.num_stages, 0, -1):
         candidate = tile._replace(num_stages=stages)
         if _shared_bytes(candidate, block_d, ITEM_SIZE[dtype]) <= limit:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mmi_compile.kernels.launch import (
     COMPACT_ROWS,
+    HIDDEN,
     LOG2_E,
     aligned,
     bounds,
@@ -21,6 +22,8 @@ from mmi_compile.kernels.launch import (
     describable,
     device_arch,
     dtype_name,
+    group_keys,
+    int32,
     on_device,
     plan_features,
     row_strides,
@@ -107,7 +110,9 @@ def compile_ahead(spec: KernelSpec, arch: str) -> dict[str, Any]:
     from mmi_compile.kernels.compact_kernels import compact_columns as compact
 
     constants = {"HEAD_DIM": spec.head_dim, "BLOCK_D": spec.block_d, "BLOCK_N": COMPACT_ROWS}
-    kernels = {"attention": kernel_module(spec).attention} | ({"compact_columns": compact} if spec.has_columns else {})
+    kernels = {"attention": kernel_module(spec).attention}
+    if spec.has_columns or spec.has_key_order:
+        kernels["compact_columns"] = compact
     compiled = {}
     for name, kernel in kernels.items():
         signature = {argument: _signature(argument, spec) for argument in kernel.arg_names}
@@ -120,8 +125,11 @@ def compile_ahead(spec: KernelSpec, arch: str) -> dict[str, Any]:
     return compiled
 
 
-_INT32_POINTERS = frozenset({"tiles", "lists", "columns", "list_bits", "row_order", "kv_start", "kv_stop"})
-_ELEMENT_POINTERS = frozenset({"q", "k", "v", "out", "k_columns", "v_columns"})
+_INT32_POINTERS = frozenset(
+    {"tiles", "lists", "columns", "column_slots", "list_bits", "key_positions", "row_order"}
+    | {"kv_start", "kv_stop", "key_padding"}
+)
+_ELEMENT_POINTERS = frozenset({"q", "k", "v", "out", "k_columns", "v_columns", "k_groups", "v_groups"})
 
 
 def _signature(argument: str, spec: KernelSpec) -> str:
@@ -131,8 +139,6 @@ def _signature(argument: str, spec: KernelSpec) -> str:
         return f"*{spec.dtype}"
     if argument in _INT32_POINTERS:
         return "*i32"
-    if argument == "key_padding":
-        return "*u8"
     if argument == "scale":
         return "fp32"
     if argument.endswith("_desc"):
@@ -164,7 +170,7 @@ def _arguments(
         "q": q, "k": k, "v": v, "out": out,
         "tiles": plan.tiles,
         "q_heads": g.q_heads, "group": g.group,
-        "q_len": g.q_len, "kv_len": g.kv_len, "q_offset": g.q_offset, "window": g.window,
+        "q_len": g.q_len, "kv_len": g.kv_len, "q_offset": g.q_offset, "window": g.window, "regions": plan.regions,
         # -inf * 0 would be NaN in masked pairs, and scores this small are all equal in fp32.
         "scale": max(scale * LOG2_E, 1e-30),
     }  # fmt: skip
@@ -183,10 +189,21 @@ def _arguments(
         arguments["kv_start"], arguments["kv_stop"] = bounds(g, q.device)
     if spec.has_key_padding:
         assert g.key_padding is not None
-        arguments["key_padding"] = g.key_padding.contiguous().view(torch.uint8)
+        # Not bytes: from their width Triton would infer slower tensor core operands for all that they mask.
+        arguments["key_padding"] = int32(g.key_padding)
     if spec.has_columns:
         arguments |= {"columns": plan.columns, "max_columns": plan.columns.shape[-1]}
         arguments["k_columns"], arguments["v_columns"] = compact_columns(k, v, plan)
+    if spec.has_block_bits and spec.has_key_order:
+        assert plan.column_slots is not None
+        arguments["column_slots"] = plan.column_slots
+    if spec.has_key_order:
+        assert plan.key_order is not None
+        arguments |= {
+            "key_positions": torch.where(plan.key_order < 0, HIDDEN, plan.key_order),
+            "slots": plan.key_order.shape[-1],
+        }
+        arguments["k_groups"], arguments["v_groups"] = group_keys(k, v, plan.key_order)
     if spec.use_descriptors:
         arguments |= _descriptors(arguments, spec)
     return arguments
@@ -201,10 +218,11 @@ def _descriptors(arguments: dict[str, Any], spec: KernelSpec) -> dict[str, Any]:
         t: Tensor = arguments[name]
         made[f"{name}_desc"] = TensorDescriptor(t, list(t.shape), _descriptor_strides(t), [1, 1, *tile])
         if spec.has_columns:
-            columns: Tensor = arguments[f"{name}_columns"].flatten(0, 1)
-            made[f"{name}_column_desc"] = TensorDescriptor(
-                columns, list(columns.shape), list(columns.stride()), [1, *tile]
-            )
+            t = arguments[f"{name}_columns"].flatten(0, 1)
+            made[f"{name}_column_desc"] = TensorDescriptor(t, list(t.shape), list(t.stride()), [1, *tile])
+        if spec.has_key_order:
+            t = arguments[f"{name}_groups"]
+            made[f"{name}_group_desc"] = TensorDescriptor(t, list(t.shape), list(t.stride()), [1, 1, *tile])
     return made
 
 

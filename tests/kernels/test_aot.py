@@ -15,7 +15,11 @@ SPARSE = Features(has_blocks=True, has_sinks=True, has_columns=True)
 GROUPED = Features(has_blocks=True, has_columns=True, has_block_bits=True, has_row_order=True)
 EVERYTHING = Features(
     has_blocks=True, has_sinks=True, has_columns=True, has_block_bits=True, has_row_order=True, has_bounds=True,
-    has_key_padding=True, has_window=True,
+    has_key_padding=True, has_window=True, has_regions=True, has_key_order=True,
+)  # fmt: skip
+REGIONS = Features(
+    has_blocks=True, has_sinks=True, has_columns=True, has_block_bits=True, has_row_order=True, has_regions=True,
+    has_key_order=True,
 )  # fmt: skip
 
 
@@ -30,11 +34,12 @@ def assert_compiles(
 ) -> dict[str, str]:
     spec = choose_spec(arch, dtype, head_dim, features=features, descriptors=descriptors)
     compiled = compile_ahead(spec, arch)
-    assert set(compiled) == {"attention"} | ({"compact_columns"} if features.has_columns else set())
+    gathers = features.has_columns or features.has_key_order
+    assert set(compiled) == {"attention"} | ({"compact_columns"} if gathers else set())
     for kernel in compiled.values():
         assert kernel.metadata.shared <= SHARED_MEMORY[arch]
         assert ("hsaco" if arch.startswith("gfx") else "cubin") in kernel.asm
-    assert compiled["attention"].metadata.shared <= spec.shared_bytes + 2048
+    assert compiled["attention"].metadata.shared <= spec.shared_bytes + (6 if features.has_regions else 2) * 1024
     return {name: text for name, text in compiled["attention"].asm.items() if isinstance(text, str)}
 
 
@@ -63,8 +68,17 @@ def test_hopper_with_every_mask() -> None:
     assert "wgmma.mma_async" in assembly
 
 
-def test_blackwell() -> None:
-    assert_compiles("sm_100", "bf16", 64, GROUPED)
+@pytest.mark.parametrize("features", [GROUPED, REGIONS], ids=["grouped", "regions"])
+def test_blackwell(features: Features) -> None:
+    assert_compiles("sm_100", "bf16", 64, features)
+
+
+def test_keys_of_two_spaces_are_read_as_fast_as_those_of_one() -> None:
+    """Where a tile comes from is chosen once per region, which must not cost its wide, pipelined loads."""
+    assembly = assert_compiles("sm_80", "bf16", 128, REGIONS)["ptx"]
+    assert "cp.async.cg.shared.global" in assembly
+    assert "ld.global.b16" not in assembly
+    assert "cp.async.bulk.tensor" in assert_compiles("sm_90", "bf16", 128, REGIONS)["ptx"]
 
 
 def test_instinct() -> None:
@@ -80,7 +94,9 @@ def test_unknown_architectures_are_named() -> None:
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-@pytest.mark.parametrize("features", [Features(), GROUPED, EVERYTHING], ids=["dense", "grouped", "everything"])
+@pytest.mark.parametrize(
+    "features", [Features(), GROUPED, REGIONS, EVERYTHING], ids=["dense", "grouped", "regions", "everything"]
+)
 def test_all_head_dims(arch: str, dtype: str, head_dim: int, features: Features) -> None:
     assert_compiles(arch, dtype, head_dim, features)
 

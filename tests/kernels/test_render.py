@@ -26,7 +26,7 @@ EVERY_MASK = choose_spec(
     "sm_80", "fp16", 80,
     features=Features(
         has_blocks=True, has_sinks=True, has_columns=True, has_block_bits=True, has_row_order=True, has_bounds=True,
-        has_key_padding=True, has_window=True,
+        has_key_padding=True, has_window=True, has_regions=True, has_key_order=True,
     ),
 )  # fmt: skip
 
@@ -77,8 +77,21 @@ def test_every_combination_of_features_uses_only_names_that_it_defines() -> None
 
 def test_what_a_spec_lacks_is_absent_from_the_source() -> None:
     text = rendered_source(choose_spec("sm_80", "bf16", 128))
-    for word in ("lists", "sink", "columns", "list_bits", "row_order", "kv_start", "key_padding", "window)", "desc"):
+    for word in ("lists", "sink", "column", "list_bits", "row_order", "kv_start", "key_padding", "desc"):
         assert word not in text
+    for word in ("region", "grouped", "slots", "key_positions", "HIDDEN", "biased", "uint32", " window,"):
+        assert word not in text
+
+
+@pytest.mark.parametrize("descriptors", [False, True])
+def test_blocks_that_need_no_test_share_one_loop(descriptors: bool) -> None:
+    """Each loop fills and drains a pipeline of its own, so short ones are dear."""
+    features = Features(has_blocks=True, has_sinks=True, has_columns=True, has_block_bits=True, has_row_order=True)
+    text = rendered_source(choose_spec("sm_90", "bf16", 128, features=features, descriptors=descriptors))
+    tree = ast.parse(text)
+    loops = [node for node in ast.walk(tree) if isinstance(node, ast.For)]
+    assert len(loops) == 3  # pairs, whole blocks, columns
+    assert sum("attend(acc" in ast.unparse(loop) for loop in loops) == 1
 
 
 def test_the_same_spec_gives_the_same_text_in_another_process() -> None:

@@ -91,14 +91,18 @@ def test_kernel_is_softmax_attention_over_the_plans_mask(interpreter: Interprete
 
 
 def test_every_loop_and_mask_is_exercised(interpreter: Interpreter) -> None:
+    every = {f.name for f in fields(Features)}
     met: set[str] = set()
+    absent: set[str] = set()
     dead_rows = 0
-    for seed in range(24):
+    for seed in range(36):
         answer = interpreter(seed=seed, descriptors=seed % 2 == 0, max_len=60)
         assert_equals_the_mask(answer)
-        met |= {*answer["features"], *(["use_descriptors"] if answer["descriptors"] else [])}
+        here = {*answer["features"], *(["use_descriptors"] if answer["descriptors"] else [])}
+        met |= here
+        absent |= every - here
         dead_rows += answer["dead_rows"]
-    assert met == {f.name for f in fields(Features)}
+    assert met == absent == every
     assert dead_rows > 0
 
 
