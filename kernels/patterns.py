@@ -14,6 +14,8 @@ each batch element (so left padding does not eat them) and its last rows from th
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeAlias
@@ -228,6 +230,17 @@ class ByModality:
         place = query if self.boundary == "q" else (query, key)
         return next((pattern for named, pattern in self.patterns if named == place), self.default)
 
+    def to_json(self) -> dict[str, Any]:
+        """JSON values: ``boundary``, ``default``, and ``patterns``, a list of flat patterns.
+
+        Each of these holds its modality id as ``query``, and with ``2d`` that of its keys as ``key``.
+        """
+        named = []
+        for place, pattern in self.patterns:
+            ids = {"query": place[0], "key": place[1]} if isinstance(place, tuple) else {"query": place}
+            named.append({**ids, **pattern.to_json()})
+        return {"boundary": self.boundary, "default": self.default.to_json(), "patterns": named}
+
 
 HeadPattern: TypeAlias = Pattern | ByModality
 _KINDS: dict[str, type[Pattern]] = {
@@ -255,3 +268,130 @@ def from_json(data: Mapping[str, Any]) -> Pattern:
     if missing:
         raise ValueError(f"pattern {name} lacks {', '.join(missing)}; add it to the entry")
     return _KINDS[name](**options)
+
+
+class PlacedError(ValueError):
+    """JSON that is no pattern.
+
+    Attributes:
+        place: where in the data, such as ``patterns[0].n_slash``; empty for the whole of it.
+        problem: what must be there and what is.
+    """
+
+    def __init__(self, place: str, problem: str) -> None:
+        super().__init__(place, problem)
+        self.place, self.problem = place, problem
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.problem}" if self.place else self.problem
+
+
+def shown(value: object) -> str:
+    """A value as its file shows it, cut to a length that fits an error message."""
+    try:
+        text = json.dumps(value, default=repr)
+    except (TypeError, ValueError):  # keys that JSON does not have; a circle
+        text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+_PARTS = ("boundary", "default", "patterns")
+
+
+def head_from_json(data: object) -> HeadPattern:
+    """The pattern of a head, with or without boundaries, that ``to_json`` wrote.
+
+    Raises:
+        PlacedError: anything else; it names the place and the mend.
+    """
+    if isinstance(data, Mapping) and any(key in data for key in _PARTS):
+        return _by_modality(data)
+    return _placed_pattern(data, "")
+
+
+def _by_modality(data: Mapping[str, Any]) -> ByModality:
+    for key in data:
+        if key not in _PARTS:
+            raise PlacedError(str(key), f"unknown key{did_you_mean(str(key), _PARTS)}")
+    boundary, default, named = (data.get(key) for key in _PARTS)
+    if boundary not in ("q", "2d"):
+        raise PlacedError("boundary", f'must be "q" or "2d", is {shown(boundary)}; "none" and "k" are plain patterns')
+    if "default" not in data:
+        raise PlacedError("", "lacks default; add the pattern of what patterns does not name")
+    if not isinstance(named, list | tuple):
+        raise PlacedError("patterns", f"must be a list of patterns with their modality ids, is {shown(named)}")
+    patterns: dict[int | tuple[int, int], Pattern] = {}
+    for index, entry in enumerate(named):
+        place = f"patterns[{index}]"
+        ids = _modality_ids(entry, place, ("query", "key") if boundary == "2d" else ("query",))
+        if ids in patterns:
+            raise PlacedError(place, f"names {shown(ids)} once more; keep one of them")
+        rest = {key: value for key, value in entry.items() if key not in ("query", "key")}
+        patterns[ids] = _allowed(_placed_pattern(rest, place), place)
+    return ByModality(boundary, _allowed(_placed_pattern(default, "default"), "default"), tuple(patterns.items()))
+
+
+def _modality_ids(entry: object, place: str, names: tuple[str, ...]) -> int | tuple[int, int]:
+    """The modality of rows (``q``), or of rows and keys (``2d``), that an entry is for."""
+    if not isinstance(entry, Mapping):
+        raise PlacedError(place, f"must be an object with {' and '.join(names)}, is {shown(entry)}")
+    if "key" in entry and "key" not in names:
+        raise PlacedError(f"{place}.key", "is only for boundary 2d; remove it")
+    for name in names:
+        if name not in entry:
+            raise PlacedError(place, f"lacks {name}; add the id of a modality")
+        value = entry[name]
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            wanted = "the id of a modality, an int of 0 or more"
+            raise PlacedError(f"{place}.{name}", f"must be {wanted}, is {shown(value)}")
+    return (entry["query"], entry["key"]) if "key" in names else entry["query"]
+
+
+def _allowed(pattern: Pattern, place: str) -> Pattern:
+    """The pattern, if one region of a head may have it."""
+    try:
+        ByModality("q", pattern)
+    except ValueError as error:
+        raise PlacedError(place, str(error)) from None
+    return pattern
+
+
+def _placed_pattern(data: object, place: str) -> Pattern:
+    if not isinstance(data, Mapping):
+        raise PlacedError(place, f"must be an object that names a pattern, is {shown(data)}")
+    wrong = next((key for key in data if not isinstance(key, str)), None)
+    if wrong is not None:
+        raise PlacedError(place, f"has the key {shown(wrong)}; keys are strings")
+    try:
+        return from_json(data)
+    except (TypeError, ValueError) as error:
+        field, problem = _guilty_field(str(error), data)
+        raise PlacedError(".".join(part for part in (place, field) if part), problem) from None
+
+
+def _guilty_field(message: str, data: Mapping[str, Any]) -> tuple[str, str]:
+    """Which option of a pattern an error of its constructor is about, and what it says of it."""
+    if message.startswith("unknown pattern"):
+        return "pattern", message
+    if unknown := re.match(r'unknown option "(.*?)" for pattern', message):
+        return unknown[1], message
+    text = message.removeprefix(f"{data.get('pattern')}: ")
+    first, _, rest = text.partition(" ")
+    if text.startswith("unknown scoring"):
+        return "scoring", text
+    if first not in data or first == "pattern" or "give exactly one" in text:
+        return "", message
+    if rest.startswith("must be an int"):
+        return first, f"must be an int{_least(first, data)}, is {shown(data[first])}"
+    must = re.match(r"(must be .*), got ", rest, re.DOTALL)
+    return first, f"{must[1]}, is {shown(data[first])}" if must else rest
+
+
+def _least(field: str, data: Mapping[str, Any]) -> str:
+    """``of 1 or more``, as the pattern's own check puts it when it is given an int that is too small."""
+    try:
+        from_json({**data, field: -1})
+    except (TypeError, ValueError) as error:
+        bound = re.search(rf"\b{field} is -1; give (\d+) or more", str(error))
+        return f" of {bound[1]} or more" if bound else ""
+    return ""
