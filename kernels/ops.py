@@ -23,14 +23,12 @@ from mmi_compile import record, runtime
 from mmi_compile.decision import MMIError
 from mmi_compile.kernels import dispatch
 from mmi_compile.kernels.geometry import Geometry
+from mmi_compile.record import ANY_VISION
 
 ABI = 1
 """Version of the operators' meaning. It is an argument of every call, so that a cached graph of another version is
 never mistaken for one of this."""
 
-
-ANY_VISION = "vision"
-"""Label of a mask whose tokens are known to hold features, but not of which kind."""
 
 _HOST_CODE = (torch.Tag.cudagraph_unsafe,)
 """All operators run host code (records, choices by length) that the replay of a CUDA graph would leave out."""
@@ -173,25 +171,30 @@ def modality_of(
 
     What a user gave by hand comes first, then ``masks`` (bool ``[B, S]``, named by the comma-separated ``labels``) of
     the same graph, then what a hook or an earlier graph recorded for this forward. A mask that only knows that its
-    tokens are vision comes last. Without any, every token is text.
+    tokens are vision comes last. Without any, every token is text. With the ids, the run that is kept for reports
+    (:func:`mmi_compile.runtime.modality_run`) holds the grids of the prompt's images and videos where a hook read them.
 
     Args:
         after: a value that must be computed first (``mmi::begin_prompt``), or None.
         graph_key: names the reading graph; no graph reads the same record twice.
     """
-    words = labels.split(",") if masks else []
+    words, note = record.told_apart(labels.split(",") if masks else [])
     usable = bool(masks) and all(mask.shape == (batch, tokens) for mask in masks)
-    ids, source = record.given(batch, tokens, like.device)
-    if ids is None and not (usable and ANY_VISION not in words):
-        ids, source = record.read(graph_key, batch, tokens, like.device)
-    names: dict[int, str] = {}
-    if ids is None and usable:
-        ids, source = record.merge(masks, words), "masks in the graph"
-        names = dict(zip(record.label_ids(words), words, strict=True))
-    if ids is None:
-        ids = torch.zeros(batch, tokens, dtype=torch.int8, device=like.device)
-    runtime.record_modality(graph_key, runtime.ModalityRun(source, ids.clone(), names))
-    return ids
+    found = record.given(batch, tokens, like.device)
+    by_hand = found.source
+    if found.ids is None and not (usable and ANY_VISION not in words):
+        found = record.read(graph_key, batch, tokens, like.device)
+    if found.ids is None and usable:
+        ids, names = record.merge(masks, words)
+        source = f"masks in the graph ({note})" if note else "masks in the graph"
+        found = record.Reading(ids, "; ".join(filter(None, [source, by_hand])), names)
+    if found.ids is None:
+        found.ids = torch.zeros(batch, tokens, dtype=torch.int8, device=like.device)
+    runtime.record_modality(
+        graph_key,
+        runtime.ModalityRun(found.source, found.ids.clone(), found.names, found.segments, found.grid_note),
+    )
+    return found.ids
 
 
 @modality_of.register_fake
@@ -203,8 +206,9 @@ def _(
 
 @torch.library.custom_op("mmi::tag_modality", mutates_args=(), tags=_HOST_CODE)
 def tag_modality(mask: Tensor, label: str) -> Tensor:
-    """Return ``mask`` (bool ``[B, S]``) unchanged and record it under ``label``. It is an operator with a result, since
-    one without would be removed as dead code."""
+    """Return ``mask`` (bool ``[B, S]``) unchanged and record it under ``label``, which is ``kind`` or ``kind@token id``
+    (see :func:`mmi_compile.record.told_apart`). It is an operator with a result, since one without would be removed as
+    dead code."""
     record.tag(mask.clone(), label)
     return mask.clone()
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from mmi_compile import record
 from mmi_compile.backend import compile_graph, mminference
-from mmi_compile.language_model import find_language_model
+from mmi_compile.language_model import find_language_model, takes_feature_mask
 from mmi_compile.options import Options
 from mmi_compile.prompt_hook import PromptHook
 from mmi_compile.report import GraphReport, Report
@@ -41,11 +41,33 @@ def compile(
 
     Raises:
         OptionError: an unknown option or a wrong value.
+
+    Under ``strict=True`` the model's forward raises MMIError where grids or modality ids do not fit their prompt.
     """
     backend = functools.partial(mminference, options=Options.from_mapping(options), mode=mode)
-    find_language_model(model).compile(backend=backend, dynamic=dynamic, fullgraph=fullgraph)
-    PromptHook.install(model)
+    language_model = find_language_model(model)
+    language_model.compile(backend=backend, dynamic=dynamic, fullgraph=fullgraph)
+    if takes_feature_mask(language_model):
+        language_model._compiled_call_impl = _capturing_selection(language_model._compiled_call_impl)
+    PromptHook.install(model, strict=backend.keywords["options"].strict)
     return model
+
+
+def _capturing_selection(compiled: Any) -> Any:
+    """Selecting rows by a mask gives tensors whose size depends on data, where Dynamo breaks the graph by default.
+
+    The attentions after such a break take their mask from another graph, where its meaning cannot be proved. The
+    setting holds for this language model alone: elsewhere it would turn breaks into errors.
+    """
+
+    @functools.wraps(compiled, updated=())  # its attributes tell Dynamo that it may be unwrapped
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # inside another torch.compile, whose settings hold
+            return compiled(*args, **kwargs)
+        with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+            return compiled(*args, **kwargs)
+
+    return call
 
 
 def explain(model: nn.Module, *args: Any, options: Mapping[str, Any] | None = None, **kwargs: Any) -> Report:
@@ -68,8 +90,8 @@ def explain(model: nn.Module, *args: Any, options: Mapping[str, Any] | None = No
     def observing(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
         return compile_graph(gm, example_inputs, chosen, None, graphs.append)
 
-    prompt = PromptHook(model).read(args, kwargs)
-    with torch.no_grad(), record.hooked(prompt), _uncompiled(model), _unlimited():
+    prompt = PromptHook(model, strict=chosen.strict).read(args, kwargs)
+    with torch.no_grad(), record.hooked(prompt), _uncompiled(model), _apart(model, observing), _unlimited():
         torch.compile(model, backend=observing, **_ISOLATED)(*args, **kwargs)
     return Report(graphs)
 
@@ -86,6 +108,21 @@ def _unlimited() -> AbstractContextManager[None]:
         recompile_limit=sys.maxsize, accumulated_recompile_limit=sys.maxsize
     )
     return patched
+
+
+@contextmanager
+def _apart(model: nn.Module, backend: Any) -> Iterator[None]:
+    """Let explain see a language model that :func:`compile` captures under a setting of its own as that would."""
+    language_model = find_language_model(model)
+    if not takes_feature_mask(language_model):
+        yield
+        return
+    compiled = torch.compile(language_model._call_impl, backend=backend, **_ISOLATED)
+    try:
+        language_model._compiled_call_impl = torch.compiler.disable(_capturing_selection(compiled))
+        yield
+    finally:
+        language_model._compiled_call_impl = None
 
 
 _COMPILE_MARK = "_is_torch_compile"

@@ -23,9 +23,18 @@ def find_language_model(model: nn.Module) -> nn.Module:
     return innermost[0] if len(innermost) == 1 else model
 
 
+def takes_feature_mask(module: nn.Module) -> bool:
+    """Does the decoder add features to rows that a mask selects (``visual_pos_masks``, as deepstack does)?"""
+    return _takes(module, "visual_pos_masks")
+
+
 def _reads_embeddings(module: nn.Module) -> bool:
+    return _takes(module, "inputs_embeds")
+
+
+def _takes(module: nn.Module, argument: str) -> bool:
     try:
-        return "inputs_embeds" in inspect.signature(module.forward).parameters
+        return argument in inspect.signature(module.forward).parameters
     except (TypeError, ValueError):
         return False
 

@@ -6,7 +6,7 @@ import json
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,7 +100,7 @@ class GraphReport:
         self.rewritten = gm
         self.nodes_before, self.nodes_after = len(self.original.graph.nodes), len(gm.graph.nodes)
         self.modality_source = context.modality.source
-        self.modality_labels = list(context.modality.labels)
+        self.modality_labels = [label.partition("@")[0] for label in context.modality.labels]
         self.tagged = list(context.modality.tagged)
         self.sites = [
             SiteReport(
@@ -229,12 +229,18 @@ def _floats(tensor: Tensor) -> list[float]:
 
 
 def modality_to_json(graph_key: str) -> dict[str, Any] | None:
-    """Counts and runs of each modality in the prompt that a graph last ran on; None when it has not run."""
+    """The prompt that a graph last ran on; None when it has not run.
+
+    ``tokens`` and ``segments`` count tokens and runs of each modality, ``runs[b]`` lists the runs of batch element
+    ``b`` as ``[name, length]``, ``grids`` holds its images and videos with their strides (see
+    :class:`mmi_compile.visual_segments.VisualSegment`) where their grids are known, and ``grid_note`` says what is not
+    known about them.
+    """
     run = runtime.modality_run(graph_key)
     if run is None:
         return None
     ids = run.ids.cpu()
-    rows = [_runs(row.tolist()) for row in ids]
+    rows = [_runs(row) for row in ids]
     names = {value: _name(value, run.labels) for row in rows for value, _ in row}
     counts: Counter[str] = Counter()
     segments: Counter[str] = Counter()
@@ -247,6 +253,8 @@ def modality_to_json(graph_key: str) -> dict[str, Any] | None:
         "tokens": dict(counts),
         "segments": dict(segments),
         "runs": [[[names[value], length] for value, length in row] for row in rows],
+        "grids": [{**segment.to_json(), "modality": _name(segment.modality, run.labels)} for segment in run.segments],
+        "grid_note": run.grid_note,
     }
 
 
@@ -256,15 +264,12 @@ def _name(value: int, labels: dict[int, str]) -> str:
     return LABELS[value] if value < len(LABELS) else f"modality {value}"
 
 
-def _runs(values: Iterable[int]) -> list[tuple[int, int]]:
-    """Run-length encoding."""
-    out: list[tuple[int, int]] = []
-    for value in values:
-        if out and out[-1][0] == value:
-            out[-1] = (value, out[-1][1] + 1)
-        else:
-            out.append((value, 1))
-    return out
+def _runs(values: Tensor) -> list[tuple[int, int]]:
+    """Run-length encoding of a row."""
+    import torch
+
+    kinds, lengths = torch.unique_consecutive(values, return_counts=True)
+    return list(zip(kinds.tolist(), lengths.tolist(), strict=True))
 
 
 # --- what was compiled in this process ---------------------------------------------------------------------------

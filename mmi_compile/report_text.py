@@ -12,6 +12,7 @@ from mmi_compile.report import GraphReport, Report, SiteReport, modality_to_json
 
 WIDTH = 110
 _RUNS_SHOWN = 10
+_GRIDS_SHOWN = 6
 
 
 def render(report: Report) -> str:
@@ -61,10 +62,50 @@ def _prompt(graph: GraphReport) -> list[str]:
     ]
     lines = _wrap("tokens", f"{' · '.join(parts)}  [source: {modality['source']}]")
     if len(modality["tokens"]) > 1:
-        runs = modality["runs"][0]
-        shown = " ".join(f"{name}×{length}" for name, length in runs[:_RUNS_SHOWN])
-        lines += _wrap("", shown + (f" … {len(runs) - _RUNS_SHOWN} more" if len(runs) > _RUNS_SHOWN else ""))
+        lines += _wrap("", _abbreviated([f"{name}×{length}" for name, length in modality["runs"][0]]))
+        lines += _grids(modality["grids"], modality["grid_note"])
     return lines
+
+
+def _grids(grids: list[dict[str, Any]], note: str) -> list[str]:
+    """One line per run of images and videos of the same size, and what is not known about them."""
+    alike = [list(group) for _, group in groupby(grids, key=lambda grid: {**grid, "batch": 0, "start": 0, "stop": 0})]
+    texts = [_grid(group) for group in alike[:_GRIDS_SHOWN]]
+    if len(alike) > _GRIDS_SHOWN:
+        texts.append(f"… {sum(map(len, alike[_GRIDS_SHOWN:]))} more")
+    if note:
+        texts.append(f"not known: {note}")
+    return [line for i, text in enumerate(texts) for line in _wrap("" if i else "grids", text)]
+
+
+def _grid(alike: list[dict[str, Any]]) -> str:
+    first = alike[0]
+    frames = f"{first['frames']} frames × " if first["frames"] > 1 else ""
+    stride = f" · frame stride {first['frame_stride']}" if first["frame_stride"] is not None else ""
+    where = f" at {first['start']}" + (f" of batch element {first['batch']}" if first["batch"] else "")
+    times = f" and {len(alike) - 1} more alike" if len(alike) > 1 else ""
+    size = f"{frames}{first['rows']} rows × {first['tokens_per_row']} tokens"
+    return f"{first['modality']} {size}{stride}{where}{times}  [source: {first['source']}]"
+
+
+def _abbreviated(runs: list[str]) -> str:
+    """``a b c b c b c d`` as ``a (b c)×3 d``: time stamps between frames repeat; then the first few, and how many more.
+
+    Only pairs are folded: a frame and what separates it from the next.
+    """
+    shown: list[str] = []
+    at = 0
+    while at < len(runs) and len(shown) < _RUNS_SHOWN:
+        pair, times = runs[at : at + 2], 1
+        while len(pair) == 2 and runs[at + 2 * times : at + 2 * times + 2] == pair:
+            times += 1
+        if times > 1:
+            shown.append(f"({' '.join(pair)})×{times}")
+            at += 2 * times
+        else:
+            shown.append(runs[at])
+            at += 1
+    return " ".join(shown) + (f" … {len(runs) - at} more" if at < len(runs) else "")
 
 
 _SOURCES = {

@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
+from mmi_compile.visual_segments import VisualSegment
+
 
 @dataclass
 class AttentionRun:
@@ -34,11 +36,21 @@ class AttentionRun:
 
 @dataclass
 class ModalityRun:
-    """The modality ids a graph last ran with: int8 ``[B, S]`` on the device, and where they came from."""
+    """The prompt that a graph last ran on.
+
+    Attributes:
+        source: where its modality was learned, in words.
+        ids: int8 ``[B, S]`` on the device.
+        labels: id → name, where it is not the standard one.
+        segments: its images and videos with their strides, where their grids are known (host data).
+        grid_note: what is not known about them, in words.
+    """
 
     source: str
     ids: Tensor
     labels: dict[int, str] = field(default_factory=dict)
+    segments: tuple[VisualSegment, ...] = ()
+    grid_note: str = ""
 
 
 _lock = threading.Lock()

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from mmi_compile.kernels.ops import ANY_VISION
 from mmi_compile.passes.base import PassContext
 from mmi_compile.passes.nodes import argument, insert_call, is_call, node_argument, tensor_of
+from mmi_compile.record import ANY_VISION
 
 _EQ = (operator.eq, torch.eq)
 _WIDENING = (operator.getitem, torch.unsqueeze)
@@ -25,6 +25,7 @@ class FindModality:
     2. A graph without attention compares ``input_ids == id`` and makes an embedding mask of it. The comparison is
        wrapped in ``mmi::tag_modality``, which returns it and records it for the graphs that run later in this
        forward. The embedding lookup of the prompt begins a new record, so that nothing outlives its forward.
+       The label carries the id: where one id is called image here and video there, the graphs do not tell which.
     3. A graph that attends but only places features knows which tokens are vision; the kind is read as in 4.
     4. Otherwise the attention reads, when it runs, what was recorded: by ``mmi_compile.modality``, by the pre-hook of
        ``mmi_compile.compile``, or by 2.
@@ -48,21 +49,22 @@ class FindModality:
         else:
             for label, mask in masks.items():
                 _tag(mask, label)
-                fact.tagged.append(label)
+                fact.tagged.append(label.partition("@")[0])
                 context.changed = True
         if _begin_prompt(gm.graph):
             context.changed = True
 
 
 def _compared_ids(graph: fx.Graph) -> dict[str, fx.Node]:
-    """Label → bool ``[B, S]`` mask ``input_ids == id`` of the tokens that stand for a modality."""
+    """``kind@id`` → bool ``[B, S]`` mask ``input_ids == id`` of the tokens that stand for a modality."""
     found: dict[str, fx.Node] = {}
     comparisons = [n for n in graph.nodes if _compares_ids(n)]
     embedded = {node_argument(n, 0, "input") for n in comparisons if _becomes_embedding_mask(n)}
     for node in comparisons:
         tagged = any(is_call(user, (torch.ops.mmi.tag_modality.default,)) for user in node.users)
         if node_argument(node, 0, "input") in embedded and not tagged:
-            found.setdefault(_label(node, f"id {argument(node, 1, 'other')}"), node)
+            token = argument(node, 1, "other")
+            found.setdefault(f"{_label(node, f'id {token}')}@{token}", node)
     return found
 
 
@@ -70,6 +72,9 @@ def _scattered_features(graph: fx.Graph) -> dict[str, fx.Node]:
     """Label → bool ``[B, S]`` mask of the tokens whose embeddings are replaced by features."""
     found: dict[str, fx.Node] = {}
     for node in graph.nodes:
+        assigned = _assigned(node)
+        if assigned is not None:
+            found.setdefault(_label(assigned, ANY_VISION), assigned)
         if not is_call(node, (torch.masked_scatter,), ("masked_scatter",)):
             continue
         placed = node_argument(node, 1, "mask")
@@ -77,6 +82,18 @@ def _scattered_features(graph: fx.Graph) -> dict[str, fx.Node]:
         if placed is not None and mask is not None:
             found.setdefault(_label(placed, _label(node, ANY_VISION)), mask)
     return found
+
+
+def _assigned(node: fx.Node) -> fx.Node | None:
+    """The bool ``[B, S]`` mask of ``embeddings[mask] = features`` or ``embeddings[mask, :] = features``."""
+    if not is_call(node, (operator.setitem,)):
+        return None
+    target, index = tensor_of(node.args[0]), node.args[1]
+    mask = index[0] if isinstance(index, tuple) and index[1:] == (slice(None),) else index
+    known = tensor_of(mask) if isinstance(mask, fx.Node) else None
+    if target is None or target.dim() != 3 or known is None or known.dtype is not torch.bool or known.dim() != 2:
+        return None
+    return mask if isinstance(mask, fx.Node) else None
 
 
 def _compares_ids(node: fx.Node) -> bool:

@@ -451,3 +451,261 @@ BUILDERS: dict[str, Callable[..., Built]] = {
 def build(name: str, **arguments: Any) -> Built:
     """The model called ``name`` in ``BUILDERS``, with that builder's arguments."""
     return BUILDERS[name](**arguments)
+
+
+# --- families that carry modality in different ways -----------------------------------------------------------------
+
+VIDEO_START_ID, VIDEO_END_ID = 204, 205
+Grid = tuple[int, int, int]
+"""Frames, and rows and columns of language-model tokens in a frame."""
+IMAGES: tuple[Grid, ...] = ((1, 4, 4), (1, 2, 4))
+VIDEOS: tuple[Grid, ...] = ((3, 2, 2), (2, 4, 2))
+
+
+@dataclass
+class Interleaved:
+    """A model whose prompt holds text, images and, where the family has them, videos.
+
+    Attributes:
+        types: the true modality, int64 ``[1, length]``: 0 text, 1 image, 2 video.
+        media: for each image and video ``(modality, grid, start, frame stride)``, with the stride None where there is
+            one frame; in the order of the prompt.
+    """
+
+    model: nn.Module
+    inputs: dict[str, Any]
+    types: Tensor
+    media: list[tuple[int, Grid, int, int | None]]
+
+
+@dataclass
+class _Script:
+    """Writes a prompt and notes where its media lie."""
+
+    prompt: _Prompt = field(default_factory=_Prompt)
+    media: list[tuple[int, Grid, int, int | None]] = field(default_factory=list)
+
+    def image(self, grid: Grid, token: int = IMAGE_ID) -> None:
+        self.media.append((1, grid, len(self.prompt.ids) + 1, None))
+        self.prompt.media(token, 1, grid[0] * grid[1] * grid[2], wrapped=True).text(3)
+
+    def video(self, grid: Grid, token: int, *, stamp: int, wrapped: bool) -> None:
+        """Frames after ``stamp`` tokens of text each, between start and end tokens where ``wrapped``."""
+        frames, rows, columns = grid
+        start = len(self.prompt.ids) + stamp + wrapped
+        stride = rows * columns + stamp + 2 * wrapped
+        self.media.append((2, grid, start, stride if frames > 1 else None))
+        for _ in range(frames):
+            self.prompt.text(stamp).media(token, 2, rows * columns, wrapped)
+        self.prompt.text(2)
+
+
+def _grid_vision(shape: Shape, **changes: Any) -> dict[str, Any]:
+    common = {
+        "depth": 1,
+        "hidden_size": 32,
+        "out_hidden_size": shape.hidden,
+        "intermediate_size": 64,
+        "num_heads": 2,
+        "patch_size": _PATCH,
+        "spatial_merge_size": _MERGE,
+        "temporal_patch_size": _TEMPORAL,
+    }
+    return {**common, **changes}
+
+
+def _grid_model(family: str, shape: Shape) -> tuple[Any, Any]:
+    """Model class and config of a family whose processor passes grids."""
+    import transformers
+
+    section = _mrope_section(shape.head_dim)
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": section}
+    text: dict[str, Any] = {**shape.config(), "rope_parameters": rope}
+    tokens = {"image_token_id": IMAGE_ID, "video_token_id": VIDEO_ID}
+    brackets = {"vision_start_token_id": VISION_START_ID, "vision_end_token_id": VISION_END_ID}
+    if family == "qwen2_vl":
+        vision = {"depth": 1, "embed_dim": 32, "hidden_size": shape.hidden, "num_heads": 2, "mlp_ratio": 2}
+        vision |= {"patch_size": _PATCH, "spatial_merge_size": _MERGE, "temporal_patch_size": _TEMPORAL}
+        config = transformers.Qwen2VLConfig(text_config=text, vision_config=vision, **tokens, **brackets)
+        return transformers.Qwen2VLForConditionalGeneration, config
+    if family == "qwen2_5_vl":
+        return transformers.Qwen2_5_VLForConditionalGeneration, _qwen2_5_vl_config(shape)
+    if family == "qwen3_vl":
+        rope["mrope_interleaved"] = True
+        vision = _grid_vision(shape, num_position_embeddings=64, deepstack_visual_indexes=[0])
+        text |= {"head_dim": shape.head_dim}
+        config = transformers.Qwen3VLConfig(text_config=text, vision_config=vision, **tokens, **brackets)
+        return transformers.Qwen3VLForConditionalGeneration, config
+    if family == "glm4v":
+        rope |= {"mrope_section": [1, 1, 2], "partial_rotary_factor": 0.5}
+        config = transformers.Glm4vConfig(
+            text_config=text,
+            vision_config=_grid_vision(shape, image_size=32),
+            image_start_token_id=VISION_START_ID,
+            image_end_token_id=VISION_END_ID,
+            video_start_token_id=VIDEO_START_ID,
+            video_end_token_id=VIDEO_END_ID,
+            **tokens,
+        )
+        return transformers.Glm4vForConditionalGeneration, config
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.VideoLlama3Config(
+        text_config=transformers.Qwen2Config(**shape.config()), vision_config={**vision, "patch_size": _PATCH}, **tokens
+    )
+    return transformers.VideoLlama3ForConditionalGeneration, config
+
+
+def _grid_family(
+    family: str, shape: Shape, images: Sequence[Grid], videos: Sequence[Grid]
+) -> tuple[nn.Module, dict[str, Any], _Script]:
+    script = _Script()
+    script.prompt.text(5)
+    for grid in images:
+        script.image(grid)
+    for grid in videos:
+        if family == "glm4v":
+            # A video is a list of images between tokens of its own; a time stamp follows each frame.
+            script.prompt.ids.append(VIDEO_START_ID)
+            script.prompt.types.append(0)
+            script.video(grid, IMAGE_ID, stamp=3, wrapped=True)
+            script.prompt.ids.append(VIDEO_END_ID)
+            script.prompt.types.append(0)
+        else:
+            stamp = {"qwen3_vl": 4, "video_llama_3": 3}.get(family, 0)
+            if stamp == 0:
+                script.prompt.ids.append(VISION_START_ID)
+                script.prompt.types.append(0)
+            script.video(grid, VIDEO_ID, stamp=stamp, wrapped=family == "qwen3_vl")
+    script.prompt.text(4)
+    model_class, config = _grid_model(family, shape)
+    model = _instantiate(model_class, config, "sdpa", torch.float32)
+    inputs: dict[str, Any] = {}
+    depth = 1 if family == "video_llama_3" else _TEMPORAL
+    for name, pixels, media in (("image", "pixel_values", images), ("video", "pixel_values_videos", videos)):
+        if media:
+            patches = [(t, rows * _MERGE, columns * _MERGE) for t, rows, columns in media]
+            count = sum(t * h * w for t, h, w in patches)
+            inputs |= {pixels: torch.randn(count, 3 * depth * _PATCH**2), f"{name}_grid_thw": torch.tensor(patches)}
+            if family == "video_llama_3":
+                inputs[f"{name}_merge_sizes"] = torch.tensor([_MERGE] * len(media))
+    if family == "video_llama_3" and videos:
+        inputs["video_compression_mask"] = torch.ones(sum(t * h * w for t, h, w in videos), dtype=torch.bool)
+    return model, inputs, script
+
+
+_CLIP = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32,
+    "patch_size": 8,
+}  # fmt: skip
+_PINPOINTS = [[32, 32], [32, 64], [64, 32], [64, 64]]
+
+
+def _plain_family(family: str, shape: Shape) -> tuple[nn.Module, dict[str, Any], _Script]:
+    """Families without grids: LLaVA's, and those whose videos are images."""
+    import transformers
+
+    script = _Script()
+    inputs: dict[str, Any] = {"pixel_values": torch.randn(2, 3, 32, 32)}
+    model_class: Any
+    config: Any
+    if family in ("llava_onevision", "llava_next_video"):
+        tokens = {"image_token_index": IMAGE_ID, "video_token_index": VIDEO_ID, "image_grid_pinpoints": _PINPOINTS}
+        inputs = {"pixel_values": torch.randn(1, 5, 3, 32, 32), "image_sizes": torch.tensor([[64, 64]])}
+        inputs["pixel_values_videos"] = torch.randn(1, 3, 3, 32, 32)
+        newline = family == "llava_onevision"
+        # A tile of 16 tokens, and four of them with a newline token after each of eight rows.
+        script.prompt.text(6).media(IMAGE_ID, 1, 16 + 8 * 9, True).text(4).media(VIDEO_ID, 2, 3 * 4 + newline, True)
+        if newline:
+            inputs["batch_num_images"] = torch.tensor([1])
+            config = transformers.LlavaOnevisionConfig(
+                vision_config=transformers.SiglipVisionConfig(**_CLIP),
+                text_config=transformers.Qwen2Config(**shape.config()),
+                **tokens,
+            )
+            model_class = transformers.LlavaOnevisionForConditionalGeneration
+        else:
+            config = transformers.LlavaNextVideoConfig(
+                vision_config=transformers.CLIPVisionConfig(**_CLIP, projection_dim=32),
+                text_config=transformers.LlamaConfig(**shape.config()),
+                image_seq_length=16,
+                video_seq_length=12,
+                spatial_pool_stride=2,
+                **tokens,
+            )
+            model_class = transformers.LlavaNextVideoForConditionalGeneration
+    elif family == "internvl":
+        vision = {**_CLIP, "image_size": [32, 32], "patch_size": [8, 8]}
+        config = transformers.InternVLConfig(
+            vision_config=transformers.InternVLVisionConfig(**vision),
+            text_config=transformers.Qwen2Config(**shape.config()),
+            image_token_id=IMAGE_ID,
+            image_seq_length=4,
+            downsample_ratio=0.5,
+        )
+        model_class = transformers.InternVLForConditionalGeneration
+    elif family == "smolvlm":
+        inputs = {"pixel_values": torch.randn(1, 2, 3, 32, 32)}
+        config = transformers.SmolVLMConfig(
+            vision_config=_CLIP,
+            text_config=transformers.LlamaConfig(**shape.config()),
+            image_token_id=IMAGE_ID,
+            scale_factor=2,
+        )
+        model_class = transformers.SmolVLMForConditionalGeneration
+    else:
+        text = transformers.Gemma3TextConfig(
+            **shape.config() | {"rope_parameters": None},
+            head_dim=shape.head_dim,
+            sliding_window=8,
+            layer_types=["full_attention"] * shape.layers,
+            query_pre_attn_scalar=shape.head_dim,
+        )
+        config = transformers.Gemma3Config(
+            text_config=text,
+            vision_config=transformers.SiglipVisionConfig(**_CLIP),
+            mm_tokens_per_image=4,
+            image_token_index=IMAGE_ID,
+            boi_token_index=VISION_START_ID,
+            eoi_token_index=VISION_END_ID,
+        )
+        model_class = transformers.Gemma3ForConditionalGeneration
+    if not script.prompt.ids:
+        script.prompt.text(6).media(IMAGE_ID, 1, 4, True).text(5).media(IMAGE_ID, 1, 4, True)
+    script.prompt.text(6)
+    return _instantiate(model_class, config, "sdpa", torch.float32), inputs, script
+
+
+GRID_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "video_llama_3", "glm4v")
+PLAIN_FAMILIES = ("llava_onevision", "llava_next_video", "internvl", "smolvlm", "gemma3")
+
+
+def interleaved(
+    family: str,
+    *,
+    images: Sequence[Grid] = IMAGES,
+    videos: Sequence[Grid] = VIDEOS,
+    with_token_types: bool = True,
+    seed: int = 0,
+    shape: Shape = Shape(layers=1),
+) -> Interleaved:
+    """A small model of ``family`` (in ``GRID_FAMILIES`` or ``PLAIN_FAMILIES``) with a prompt of one batch element.
+
+    Args:
+        images, videos: for families with grids; GLM4V takes one kind at a time, so it gets the videos if there are any.
+        with_token_types: pass what the processor says of modality, where it does.
+    """
+    if family == "glm4v" and videos:
+        images = ()
+    with _seeded(seed):
+        if family in GRID_FAMILIES:
+            model, inputs, script = _grid_family(family, shape, images, videos)
+        else:
+            model, inputs, script = _plain_family(family, shape)
+    types = torch.tensor([script.prompt.types])
+    ids = torch.tensor([script.prompt.ids])
+    inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if with_token_types and family == "gemma3":
+        inputs["token_type_ids"] = types
+    elif with_token_types and family in GRID_FAMILIES and family != "video_llama_3":
+        inputs["mm_token_type_ids"] = types
+    return Interleaved(model, inputs, types, script.media)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import traceback
 from collections.abc import Callable
@@ -38,8 +39,8 @@ def ids_of(*values: int) -> Tensor:
 
 
 def read(reader: str = "graph", shape: tuple[int, int] = (1, 3)) -> tuple[list[int] | None, str]:
-    ids, source = record.read(reader, *shape, CPU)
-    return (None if ids is None else ids.flatten().tolist()), source
+    found = record.read(reader, *shape, CPU)
+    return (None if found.ids is None else found.ids.flatten().tolist()), found.source
 
 
 # --- modality(ids) ------------------------------------------------------------------------------------------------
@@ -65,11 +66,11 @@ def test_wrong_ids_are_refused_with_the_mend(ids, message):
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int8, torch.uint8, torch.int64])
 def test_any_integer_dtype_serves(dtype):
     with mmi_compile.modality(ids_of(0, 1, 1).to(dtype)):
-        ids, source = record.read("graph", 1, 3, CPU)
-    assert ids is not None
-    assert ids.dtype == torch.int8
-    assert ids.tolist() == [[0, 1, 1]]
-    assert source == "given by hand"
+        found = record.read("graph", 1, 3, CPU)
+    assert found.ids is not None
+    assert found.ids.dtype == torch.int8
+    assert found.ids.tolist() == [[0, 1, 1]]
+    assert found.source == "given by hand"
 
 
 def test_empty_ids_serve_an_empty_prompt():
@@ -107,7 +108,7 @@ def test_another_shape_is_ignored_and_noted():
 def test_readers_get_a_copy():
     given = ids_of(0, 1, 0)
     with mmi_compile.modality(given):
-        ids, _ = record.read("graph", 1, 3, CPU)
+        ids = record.read("graph", 1, 3, CPU).ids
         assert ids is not None
         ids.fill_(5)
         assert read()[0] == [0, 1, 0]
@@ -122,8 +123,8 @@ def test_order_of_trust():
         assert read() == ([2, 0, 0], "a hook")
         with mmi_compile.modality(ids_of(0, 3, 0)):
             assert read() == ([0, 3, 0], "given by hand")
-    record.tag(ids_of(0, 0, 1).bool(), "image")
-    assert read() == ([0, 0, 1], "compiled graphs")
+    record.tag(ids_of(0, 0, 1).bool(), "video")
+    assert read() == ([0, 0, 2], "compiled graphs")
 
 
 def test_a_hook_that_found_nothing_says_why():
@@ -227,6 +228,82 @@ def test_a_hook_that_never_ran_ends_nobody_elses_record():
         with pytest.raises(ZeroDivisionError):
             model(**inputs)
         assert read()[0] == [0, 1, 0]
+
+
+# --- one call of a compiled function ------------------------------------------------------------------------------
+
+
+def _tagging(ids: Tensor) -> Tensor:
+    return torch.ops.mmi.tag_modality(ids == 7, "video") * 1
+
+
+def _reading(x: Tensor) -> Tensor:
+    return torch.ops.mmi.modality(x, [], "", None, 1, 3, "reader") * 1
+
+
+def _both(ids: Tensor, x: Tensor) -> Tensor:
+    tagged = _tagging(ids)
+    torch._dynamo.graph_break()
+    return _reading(x) + 0 * tagged
+
+
+@pytest.mark.fresh_dynamo
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_tags_are_read_within_the_call_that_made_them_and_nowhere_else(backend):
+    ids, x = ids_of(0, 7, 7), torch.zeros(1, 3)
+    first, second, both = (torch.compile(f, backend=backend) for f in (_tagging, _reading, _both))
+    assert both(ids, x).tolist() == [[0, 2, 2]]
+    first(ids)  # nobody reads this
+    assert second(x).tolist() == [[0, 0, 0]]
+    first(ids)
+    gc.collect()  # compiling may leave frames in cycles
+    assert not record._state.tagged.masks, "memory is held after the call"
+    assert both(ids_of(7, 0, 0), x).tolist() == [[2, 0, 0]]
+
+
+@pytest.mark.fresh_dynamo
+def test_an_exception_ends_the_call():
+    def fail(ids: Tensor) -> Tensor:
+        assert _tagging(ids).shape == ids.shape
+        torch._dynamo.graph_break()
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        torch.compile(fail, backend="eager")(ids_of(0, 7, 7))
+    assert torch.compile(_reading, backend="eager")(torch.zeros(1, 3)).tolist() == [[0, 0, 0]]
+
+
+@pytest.mark.fresh_dynamo
+def test_a_compiled_call_inside_another():
+    """What the outer call tagged holds for it, and what the inner call tagged ends with the inner one."""
+    reads, tags = (torch.compile(f, backend="eager") for f in (_reading, _tagging))
+    inner_reads = torch.compiler.disable(lambda x: reads(x))
+    inner_tags = torch.compiler.disable(lambda ids: tags(ids))
+
+    def outer(ids: Tensor, x: Tensor) -> Tensor:
+        tagged = _tagging(ids)
+        return inner_reads(x) + 0 * tagged
+
+    def around(ids: Tensor, x: Tensor) -> Tensor:
+        tagged = inner_tags(ids)
+        torch._dynamo.graph_break()
+        return _reading(x) + 0 * tagged
+
+    ids, x = ids_of(0, 7, 7), torch.zeros(1, 3)
+    assert torch.compile(outer, backend="eager")(ids, x).tolist() == [[0, 2, 2]]
+    assert torch.compile(around, backend="eager")(ids, x).tolist() == [[0, 0, 0]]
+
+
+def test_labels_tell_kinds_apart_by_their_token():
+    assert record.told_apart(["image@5", "video@6"]) == (["image", "video"], "")
+    assert record.told_apart(["image@5", "id 5@5", "video@6"])[0] == ["image", "image", "video"]
+    kinds, note = record.told_apart(["image@5", "video@5", "audio@6"])
+    assert kinds == ["vision", "vision", "audio"]
+    assert note == "image and video tokens share id 5: not told apart"
+    kinds, note = record.told_apart(["image@5"])
+    assert (kinds, note) == (["image"], record.IMAGE_ONLY)
+    ids, names = record.merge([ids_of(1, 1, 0).bool(), ids_of(0, 1, 0).bool()], ["image", "vision"])
+    assert (ids.tolist(), names) == ([[1, 1, 0]], {1: "image", 4: "vision"})
 
 
 # --- what the hook reads ------------------------------------------------------------------------------------------

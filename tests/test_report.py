@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import mmi_compile
 from mmi_compile import report, runtime
 from mmi_compile.decision import Decision, Reason
+from mmi_compile.visual_segments import VisualSegment
 from tests import models
 
 pytestmark = pytest.mark.fresh_dynamo
@@ -220,6 +221,43 @@ def test_labels_of_the_prompt_survive():
     assert told["tokens"] == {"text": 1, "depth": 2, "modality 9": 1}
     assert told["runs"] == [[["text", 1], ["depth", 2], ["modality 9", 1]]]
     assert report.modality_to_json("never ran") is None
+
+
+def _prompt_lines(ids: Tensor, **about: Any) -> list[str]:
+    from mmi_compile import report_text
+
+    runtime.record_modality("g", runtime.ModalityRun("masks", ids, **about))
+    return report_text._prompt(report.GraphReport("g", mmi_compile.Options(), None))  # type: ignore[arg-type]
+
+
+def test_thousands_of_runs_are_a_few_lines():
+    regular = torch.tensor([[0] * 5 + ([2] * 4 + [0] * 2) * 3000])
+    assert _prompt_lines(regular)[1].split() == ["text×5", "(video×4", "text×2)×3000"]
+    generator = torch.Generator().manual_seed(0)
+    lines = _prompt_lines(torch.randint(0, 3, (1, 9000), generator=generator))
+    assert len(lines) <= 4
+    assert re.search(r"… \d{4} +more", " ".join(lines))
+
+
+def test_grids_are_told_and_alike_ones_counted():
+    ids = torch.tensor([[0, 2, 2]])
+    segments = [VisualSegment(0, 10 * i, 10 * i + 8, 2, 2, 2, 2, 4, "video_grid_thw") for i in range(40)]
+    segments += [VisualSegment(1, 3, 7, 1, 1, 1, 4, None, "image_grid_thw")]
+    lines = _prompt_lines(ids, segments=tuple(segments), grid_note="something")
+    assert " ".join(" ".join(lines[2:]).split()) == (
+        "grids video 2 frames × 2 rows × 2 tokens · frame stride 4 at 0 and 39 more alike [source: video_grid_thw]"
+        " image 1 rows × 4 tokens at 3 of batch element 1 [source: image_grid_thw]"
+        " not known: something"
+    )
+    told = report.modality_to_json("g")
+    assert told["grids"][-1] == {
+        "batch": 1, "start": 3, "stop": 7, "modality": "image", "frames": 1, "rows": 1, "tokens_per_row": 4,
+        "frame_stride": None, "source": "image_grid_thw",
+    }  # fmt: skip
+    assert told["grid_note"] == "something"
+    different = [VisualSegment(0, i, i + 1, 1, 1, 1, i + 1, None, "image_grid_thw") for i in range(500)]
+    lines = _prompt_lines(ids, segments=tuple(different))
+    assert lines[-1].split() == ["…", "494", "more"]
 
 
 def test_an_empty_prompt_and_an_empty_report():

@@ -33,7 +33,7 @@ class GraphModule(torch.nn.Module):
         k: "f32[2, 2, 9, 8]" = permute[1]
         v: "f32[2, 2, 9, 8]" = permute[2];  permute = None
         key_bounds_default: "i32[2, 3]" = torch.ops.mmi.key_bounds.default(l_live_)
-        modality_default: "i8[2, 9]" = torch.ops.mmi.modality.default(q, [image], 'image', begin_prompt_default, 2, 9, 'KEY');  image = begin_prompt_default = None
+        modality_default: "i8[2, 9]" = torch.ops.mmi.modality.default(q, [image], 'image@7', begin_prompt_default, 2, 9, 'KEY');  image = begin_prompt_default = None
         attention_default: "f32[2, 2, 9, 8]" = torch.ops.mmi.attention.default(q, k, v, l_live_, key_bounds_default, modality_default, 0.3535533905932738, 0, 0, 'exact', 0.95, 0.5, -1, 'bshd', 'KEY/1', 1);  q = k = v = None
         transpose: "f32[2, 9, 2, 8]" = attention_default.transpose(1, 2);  attention_default = None
         flatten: "f32[2, 9, 16]" = transpose.flatten(2);  transpose = None

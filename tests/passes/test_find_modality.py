@@ -140,6 +140,40 @@ def test_placed_features_say_where_vision_is_but_not_of_which_kind():
     assert [int(kind > 0) for kind in seen(found)] == [int(kind == 1) for kind in TYPES]
 
 
+@pytest.mark.parametrize("whole_rows", [True, False])
+def test_rows_that_are_assigned_to_hold_features(whole_rows):
+    def function(x, where, image):
+        x = x.clone()
+        if whole_rows:
+            x[where, :] = image
+        else:
+            x[where] = image
+        return attend(x)
+
+    where = torch.tensor(TYPES)[None] == 1
+    arguments = {"x": torch.randn(1, N, HIDDEN), "where": where, "image": torch.randn(4, HIDDEN)}
+    _, found = rewritten(function, arguments)
+    assert found.modality_source == "graph"
+    assert found.modality_labels == ["vision"]
+    assert [int(kind > 0) for kind in seen(found)] == [int(kind == 1) for kind in TYPES]
+
+
+def test_one_id_under_two_names_is_vision():
+    def function(ids, table, image, video):
+        image_mask, video_mask = ids == IMAGE, ids == IMAGE
+        x = F.embedding(ids, table)
+        x = torch.where(image_mask.unsqueeze(-1), x.flip(1), x)
+        return attend(torch.where(video_mask.unsqueeze(-1), x + 1, x))
+
+    _, found = rewritten(function, inputs())
+    from mmi_compile import runtime
+
+    run = runtime.modality_run(found.key)
+    assert run.labels == {4: "vision"}
+    assert seen(found) == [4 * int(kind == 1) for kind in TYPES]
+    assert f"image and video tokens share id {IMAGE}" in run.source
+
+
 def test_a_wide_mask_that_is_an_input_is_narrowed():
     def function(x, image_mask, image):
         return attend(x.masked_scatter(image_mask, image))
