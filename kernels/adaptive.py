@@ -32,7 +32,6 @@ from mmi_compile.kernels.search import (
     DENSE,
     GRID,
     VERTICAL_SLASH,
-    ProbeFrame,
     Search,
     max_columns,
     max_diagonals,
@@ -165,7 +164,7 @@ def adaptive_plan(
     lowered = lower(found.rules, g, tiles, diagonals=found.diagonals, frame=frame.tiles)
     plan = lowered.plan
     measured = measure_recall(lowered, search)
-    work = _work(plan, frame)
+    work = plan.work()
     sparse = (found.pattern != DENSE) & (measured >= recall) & (work.sum(-1) / frame.full <= max_density)
     tail = frame.tail if dense_tail else torch.zeros_like(frame.tail)
     which = sparse[..., None] <= tail  # not sparse, or in the tail
@@ -206,16 +205,6 @@ def measure_recall(lowered: Lowered, search: Search) -> Tensor:
         covered = covered + (search.probe.tiles.gather(-1, columns) * own).sum((-1, -2))
     # NaN inputs and heads without any live row give NaN here, and such a head then runs dense.
     return covered / search.total
-
-
-def _work(plan: Plan, frame: ProbeFrame) -> Tensor:
-    """``plan.work()`` for rows in order, with what lengths decide taken from the frame; int32 ``[B, HQ, QT]``."""
-    r, bn = TileRecord(*plan.tiles[..., 0, :].unbind(-1)), plan.block_n
-    work = frame.tiles.stop - r.window_start
-    if not frame.tiles.latest_is_base:
-        work = work.clamp(min=0)
-    work = work + r.sink_stop + r.num_blocks + (r.num_columns + (bn - 1)) // bn
-    return work if frame.tiles.first_is_zero else work - r.sink_start
 
 
 def _check(recall: float, max_density: float, strides: Sequence[int]) -> None:

@@ -39,7 +39,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmi_compile.kernels.frames import TileShape, constant, has_padding, keep, ramp
+from mmi_compile.kernels.frames import TileShape, constant, keep, ramp
 from mmi_compile.kernels.geometry import Geometry
 from mmi_compile.kernels.patterns import MOST_BLOCKS, BlockTopK
 
@@ -160,7 +160,7 @@ def _live(geometry: Geometry, device: torch.device) -> tuple[Tensor | None, Tens
     A query is left out where the key at its own position is padding. Positions without a key are taken.
     """
     g = geometry
-    keys = g.live_keys(device) if has_padding(g) else None
+    keys = g.live_keys(device) if g.has_padding else None
     if keys is None:
         return None, None
     positions = F.pad(keys, (0, max(0, g.q_len + g.q_offset - g.kv_len)), value=True)

@@ -31,7 +31,6 @@ from mmi_compile.kernels.segments import Segments
 CHUNK_BYTES = 128 << 20
 """Scores held at a time by the probe of a modality. One head at least is always processed whole."""
 
-_FIELD = {name: place for place, name in enumerate(TileRecord._fields)}
 _BLOCK_FIELDS = ("window_start", "window_left", "window_full", "window_stop", "sink_start", "sink_stop", "list_base")
 
 
@@ -43,7 +42,8 @@ class Part:
         query, key: places in ``Segments.labels``; key is None for ``q``.
         heads: the query heads that have this part.
         rules: for all query heads, in positions (``q``) or in ranks and compact distances (``2d``); only those of
-            ``heads`` mean anything. last: int64 ``[HQ]``, rows of the modality, counted from its end, that keep all.
+            ``heads`` mean anything.
+        last: for each query head, rows of the modality, counted from its end, that keep all.
         frame: the tiles in the same coordinates. geometry: lengths in the same coordinates.
         own: int32 ``[B, 1, QT]``, rank among its own modality of the last row of each tile, -1 for an empty tile.
     """
@@ -93,22 +93,23 @@ def estimate_parts(
     """The rules of all heads with boundaries, one part for each modality or pair of modalities."""
     g, labels = geometry, segments.labels
     frame = ordered_frame(segments.row_order[:, None], g, tiles)
+    bounded = {h: p for h, p in enumerate(heads) if isinstance(p, ByModality)}
+    by_rows = {h: p for h, p in bounded.items() if p.boundary == "q"}
+    regions = {h: p for h, p in bounded.items() if p.boundary == "2d"}
+    # Ranks and counts of keys take the place of positions.
+    compact = Geometry(g.batch, g.q_heads, g.kv_heads, g.kv_len, g.kv_len)
+    places = [_compact(frame, segments, key, tiles) for key in range(len(labels))]
     parts = []
     for query, label in enumerate(labels):
-        own = _compact(frame, segments, query, tiles).high
-        by_rows = {h: p for h, p in enumerate(heads) if isinstance(p, ByModality) and p.boundary == "q"}
+        own = places[query].high
         if by_rows:
             chosen = {h: p.pattern(label) for h, p in by_rows.items()}
             probing = _probing(q, k, g, scale, segments, query, None)
             parts.append(_part(query, None, chosen, probing, frame, g, own, (q, k, scale, tiles)))
-        regions = {h: p for h, p in enumerate(heads) if isinstance(p, ByModality) and p.boundary == "2d"}
         for key, other in enumerate(labels if regions else ()):
             chosen = {h: p.pattern(label, other) for h, p in regions.items()}
             probing = _probing(q, k, g, scale, segments, query, key)
-            # Ranks and counts of keys take the place of positions.
-            compact = Geometry(g.batch, g.q_heads, g.kv_heads, g.kv_len, g.kv_len)
-            place = _compact(frame, segments, key, tiles)
-            parts.append(_part(query, key, chosen, probing, place, compact, own, (q, k, scale, tiles)))
+            parts.append(_part(query, key, chosen, probing, places[key], compact, own, (q, k, scale, tiles)))
     return parts
 
 
@@ -142,18 +143,19 @@ def _compact(frame: TileFrame, segments: Segments, key: int, tiles: TileShape) -
     )  # fmt: skip
 
 
-def dense_tiles(part: Part, segments: Segments, tiles: TileShape) -> Tensor:
-    """Tiles that keep every key of the part, bool ``[B, HQ or 1, QT]``.
+def dense_tiles(part: Part, segments: Segments, tiles: TileShape) -> Tensor | None:
+    """Tiles that keep every key of the part, bool ``[B, HQ or 1, QT]``; None where the rules ask for none.
 
     Those with rows of the ``last`` ones of their modality, and, where the part has diagonals, those whose rows stand
     too far apart for a list of block diagonals: rows of a modality that is rare in this stretch of the prompt.
     """
     frame = part.frame
-    dense = frame.high - frame.low > (2 * tiles.block_m if part.rules.distances is not None else 1 << 30)
-    if any(part.last):
-        last = constant(part.last, part.own.device)[:, None]
-        dense = dense | ((part.own >= segments.counts[:, part.query, None, None] - last) & (part.own >= 0) & (last > 0))
-    return dense
+    apart = None if part.rules.distances is None else frame.high - frame.low > 2 * tiles.block_m
+    if not any(part.last):
+        return apart
+    last = constant(part.last, part.own.device)[:, None]
+    is_last = (part.own >= segments.counts[:, part.query, None, None] - last) & (part.own >= 0) & (last > 0)
+    return is_last if apart is None else is_last | apart
 
 
 def lower_part(part: Part, tiles: TileShape, segments: Segments) -> Plan:
@@ -253,8 +255,8 @@ def _probing(
 
     def probing(heads: tuple[int, ...], diagonals: bool) -> RegionMasses:
         position, live = last_rows(segments, geometry, query)
-        keys, mine = _keys_by_distance(segments, geometry, position, key) if diagonals else (None, None)
         names = _keys_in_order(segments, geometry, key)
+        keys, mine = _keys_by_distance(segments, geometry, position, key, names) if diagonals else (None, None)
         columns, distances = [], []
         for weights in _weights(q, k, geometry, scale, heads, position, live):
             mass = weights.sum(2)
@@ -318,16 +320,18 @@ def _keys_in_order(segments: Segments, geometry: Geometry, key: int | None) -> t
 
 
 def _keys_by_distance(
-    segments: Segments, geometry: Geometry, position: Tensor, key: int | None
+    segments: Segments, geometry: Geometry, position: Tensor, key: int | None, names: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor]:
-    """The key at each distance from each row, int64 ``[B, L, distances]``, and whether there is one."""
+    """The key at each distance from each row, int64 ``[B, L, distances]``, and whether there is one.
+
+    Args:
+        names: what ``_keys_in_order`` says.
+    """
     g = geometry
-    if key is None:
+    if key is None or names is None:
         at = position[..., None] - ramp(g.q_len + g.q_offset, position.device)
         return at.clamp(0, g.kv_len - 1), (at >= 0) & (at < g.kv_len)
     seen = segments.seen[:, key].gather(1, (position + 1).clamp(max=g.kv_len))
     rank = seen[..., None].long() - 1 - ramp(g.kv_len, position.device)
-    names = _keys_in_order(segments, g, key)
-    assert names is not None
     found = names[0].gather(1, rank.clamp(min=0).flatten(1)).view_as(rank)
     return found, rank >= 0

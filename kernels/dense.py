@@ -53,7 +53,7 @@ def dense_attention(
     g = geometry
     if not (g.q_len and g.kv_len):
         return q.new_zeros(q.shape[:-1] + v.shape[-1:])
-    if not _is_padded(g) and not g.window:
+    if not g.has_padding and not g.window:
         if is_plain_causal(g):
             return _fused(q, k, v, scale, causal=True)
         if g.q_offset >= g.kv_len - 1:  # every row sees every key, such as the one row of a decoding step
@@ -70,11 +70,7 @@ def dense_attention(
 def is_plain_causal(geometry: Geometry) -> bool:
     """Whether the mask is the square lower triangle and nothing else: ``is_causal=True`` of fused attention."""
     g = geometry
-    return not _is_padded(g) and not g.window and not g.q_offset and g.q_len == g.kv_len
-
-
-def _is_padded(geometry: Geometry) -> bool:
-    return any(x is not None for x in (geometry.kv_start, geometry.kv_stop, geometry.key_padding))
+    return not g.has_padding and not g.window and not g.q_offset and g.q_len == g.kv_len
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool) -> Tensor:

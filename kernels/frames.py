@@ -71,7 +71,7 @@ class TileFrame:
         g, device = geometry, low.device
         origin = first_live_key(g, device).int()[:, None, None]
         live_end = last_live_position(g, device).int()[:, None, None]
-        if not has_padding(g):
+        if not g.has_padding:
             origin, live_end = origin[:1], live_end[:1]
         return cls(
             low=low,
@@ -86,8 +86,8 @@ class TileFrame:
             live_end=live_end,
             after=low + 1,
             zero=torch.zeros((), dtype=torch.int32, device=device),
-            first_is_zero=not g.window and not has_padding(g),
-            latest_is_base=not has_padding(g) and g.kv_len == g.q_len + g.q_offset,
+            first_is_zero=not g.window and not g.has_padding,
+            latest_is_base=not g.has_padding and g.kv_len == g.q_len + g.q_offset,
         )
 
 
@@ -101,11 +101,6 @@ def _tile_frame(geometry: Geometry, tiles: TileShape, device: torch.device) -> T
     low = torch.arange(0, g.q_len, tiles.block_m, device=device, dtype=torch.int32) + g.q_offset
     high = (low + (tiles.block_m - 1)).clamp(max=g.q_len + g.q_offset - 1)
     return TileFrame.of(low[None, None], high[None, None], g, tiles.block_n)
-
-
-def has_padding(geometry: Geometry) -> bool:
-    """Whether some facts of the geometry are only known on the device."""
-    return any(x is not None for x in (geometry.kv_start, geometry.kv_stop, geometry.key_padding))
 
 
 def first_live_key(geometry: Geometry, device: torch.device) -> Tensor:
@@ -149,7 +144,7 @@ def _latest_window_start(low: Tensor, origin: Tensor, geometry: Geometry) -> Ten
 def _first_whole(high: Tensor, origin: Tensor, geometry: Geometry, block_n: int) -> Tensor | None:
     """The first key block that neither the live range nor a sliding window cuts, as far as its left edge goes."""
     g = geometry
-    if not g.window and not has_padding(g):
+    if not g.window and not g.has_padding:
         return None
     edge = torch.maximum(origin, high - (g.window - 1)) if g.window else origin
     return (edge.clamp(min=0) + (block_n - 1)) // block_n
@@ -178,7 +173,7 @@ def remembered(
     make: Callable[[Geometry, TileShape, torch.device], T], geometry: Geometry, tiles: TileShape, device: torch.device
 ) -> T:
     """``make(geometry, tiles, device)``, made once for each geometry without padding."""
-    if has_padding(geometry):
+    if geometry.has_padding:
         return make(geometry, tiles, device)
     return cast("T", _kept_large(make, (geometry, tiles), *_place(device)))
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mmi_compile.kernels.frames import constant, has_padding
+from mmi_compile.kernels.frames import constant
 from mmi_compile.kernels.geometry import Geometry
 from mmi_compile.kernels.launch import LOG2_E, bounds, device_arch, dtype_name, on_device
 from mmi_compile.kernels.probe import (
@@ -226,7 +226,7 @@ def fused_probe(
     picked = tuple(range(g.q_heads)) if heads is None else tuple(heads)
     rows = probe_rows(g, q.device, last_q)
     unit = 8 if all(s % 8 == 0 for t in (q, k) for s in _strides(t)) else 1
-    first_row = None if has_padding(g) else g.q_len - rows.shape[1]
+    first_row = None if g.has_padding else g.q_len - rows.shape[1]
     call = _Call(q, k, g, picked, rows, first_row, scale, unit)
     chosen = tiles or probe_tiles(device_arch(q.device), q.shape[-1])
     kinds = (2 if peaks else 1) if diagonals or peaks else 0

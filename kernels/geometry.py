@@ -44,6 +44,11 @@ class Geometry:
         """Query heads per key/value head."""
         return self.q_heads // self.kv_heads
 
+    @property
+    def has_padding(self) -> bool:
+        """Whether some keys may be dead; which ones is only known on the device."""
+        return any(x is not None for x in (self.kv_start, self.kv_stop, self.key_padding))
+
     def live_keys(self, device: torch.device | str) -> Tensor | None:
         """The keys that padding leaves alive, bool ``[B, kv_len]``; None when all of them are."""
         live = None if self.key_padding is None else self.key_padding.to(device)

@@ -21,16 +21,15 @@ from mmi_compile.kernels.hopper_spec import (
     hopper_supported,
 )
 from mmi_compile.kernels.launch import (
-    HIDDEN,
-    LOG2_E,
     aligned,
-    bounds,
     check_call,
     compact_columns,
     describable,
+    descriptor_strides,
     dtype_name,
     group_keys,
     on_device,
+    plan_arguments,
     plan_features,
     row_strides,
 )
@@ -110,15 +109,9 @@ def _arguments(
 ) -> dict[str, Any]:
     """Every argument that some spec's kernel may take, by name."""
     g = plan.geometry
-    arguments: dict[str, Any] = {
-        "tiles": plan.tiles, "lists": plan.lists, "columns": plan.columns, "list_bits": plan.list_bits,
-        "q": q, "out": out, "row_order": plan.row_order, "column_slots": plan.column_slots,
-        "q_heads": g.q_heads, "group": g.group, "heads": g.batch * g.q_heads, "query_tiles": plan.query_tiles,
-        "q_len": g.q_len, "kv_len": g.kv_len, "q_offset": g.q_offset, "window": g.window, "regions": plan.regions,
-        "beyond": plan.key_blocks, "max_columns": plan.columns.shape[-1],
+    arguments = plan_arguments(plan, scale, spec) | {
+        "q": q, "out": out, "heads": g.batch * g.q_heads, "query_tiles": plan.query_tiles, "beyond": plan.key_blocks,
         "counter": torch.zeros(1, dtype=torch.int32, device=q.device),
-        # -inf * 0 would be NaN in masked pairs, and scores this small are all equal in fp32.
-        "scale": max(scale * LOG2_E, 1e-30),
         "k_desc": _descriptor(k, spec.block_n, spec), "v_desc": _descriptor(v, spec.block_n, spec),
     }  # fmt: skip
     if spec.has_row_order:
@@ -127,8 +120,6 @@ def _arguments(
             arguments |= dict(zip(names, row_strides(tensor), strict=True))
     else:
         arguments |= {"q_desc": _descriptor(q, BLOCK_M // 2, spec), "o_desc": _descriptor(out, BLOCK_M // 2, spec)}
-    if spec.has_bounds:
-        arguments["kv_start"], arguments["kv_stop"] = bounds(g, q.device)
     if spec.has_key_padding:
         assert g.key_padding is not None
         arguments["key_padding"] = g.key_padding.contiguous().view(torch.uint8)
@@ -138,8 +129,6 @@ def _arguments(
     if plan.key_order is not None:
         for name, tensor in zip("kv", group_keys(k, v, plan.key_order), strict=True):
             arguments[f"{name}_group_desc"] = _descriptor(tensor, spec.block_n, spec)
-        arguments["key_positions"] = torch.where(plan.key_order < 0, HIDDEN, plan.key_order)
-        arguments["slots"] = plan.key_order.shape[-1]
     if spec.has_schedule:
         arguments["schedule"] = plan.schedule()
     return arguments
@@ -148,21 +137,16 @@ def _arguments(
 def _descriptor(t: Tensor, rows: int, spec: HopperSpec) -> Any:
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    # PyTorch leaves the stride of a dimension of one entry arbitrary; a descriptor wants it aligned all the same.
-    strides = [s if n > 1 else 8 for n, s in zip(t.shape[:3], t.stride()[:3], strict=True)] + [1]
-    return TensorDescriptor(t, list(t.shape), strides, [1, 1, rows, spec.block_d], _layout(rows, spec))
+    return TensorDescriptor(t, list(t.shape), descriptor_strides(t), [1, 1, rows, spec.block_d], _layout(rows, spec))
 
 
 @lru_cache(maxsize=64)
-def _shared_layout(rows: int, block_d: int, dtype: str) -> Any:
+def _layout(rows: int, spec: HopperSpec) -> Any:
+    """How a tile of ``rows`` lies in shared memory."""
     import triton.experimental.gluon.language as gl
 
-    element = {"bf16": gl.bfloat16, "fp16": gl.float16}[dtype]
-    return gl.NVMMASharedLayout.get_default_for([1, 1, rows, block_d], element)
-
-
-def _layout(rows: int, spec: HopperSpec) -> Any:
-    return _shared_layout(rows, spec.block_d, spec.dtype)
+    element = {"bf16": gl.bfloat16, "fp16": gl.float16}[spec.dtype]
+    return gl.NVMMASharedLayout.get_default_for([1, 1, rows, spec.block_d], element)
 
 
 @lru_cache(maxsize=64)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import ClassVar
 
@@ -49,11 +49,6 @@ class HopperSpec(Features):
         return padded_head_dim(self.head_dim)
 
     @property
-    def features(self) -> Features:
-        """The loops and masks alone."""
-        return Features(**{f.name: getattr(self, f.name) for f in fields(Features)})
-
-    @property
     def shared_bytes(self) -> int:
         """Shared memory of one program, in bytes."""
         tiles = self.q_stages * BLOCK_M + 2 * self.num_stages * self.block_n
@@ -89,7 +84,7 @@ def choose_hopper_spec(
     if reason is not None:
         raise ValueError(reason)
     block_n, stages, q_stages = _TILES[padded_head_dim(head_dim)]
-    chosen = {f.name: getattr(features, f.name) for f in fields(Features)} | {"use_descriptors": False}
+    chosen = asdict(features) | {"use_descriptors": False}
     spec = HopperSpec(
         head_dim=head_dim, dtype=dtype, block_n=block_n, num_stages=stages, q_stages=q_stages,
         has_schedule=scheduled, pair_loop=pair_loop, **chosen,

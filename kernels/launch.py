@@ -9,6 +9,7 @@ import math
 import os
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -176,6 +177,31 @@ def bounds(g: Geometry, device: torch.device) -> tuple[Tensor, Tensor]:
 def int32(t: Tensor) -> Tensor:
     """``t`` as contiguous int32."""
     return t.to(torch.int32).contiguous()
+
+
+def plan_arguments(plan: Plan, scale: float, features: Features) -> dict[str, Any]:
+    """What the kernels of every family read of a plan, by name; None where the plan has no such part."""
+    g = plan.geometry
+    arguments: dict[str, Any] = {
+        "tiles": plan.tiles, "lists": plan.lists, "columns": plan.columns, "column_slots": plan.column_slots,
+        "list_bits": plan.list_bits, "row_order": plan.row_order, "max_columns": plan.columns.shape[-1],
+        "q_heads": g.q_heads, "group": g.group, "q_len": g.q_len, "kv_len": g.kv_len, "q_offset": g.q_offset,
+        "window": g.window, "regions": plan.regions,
+        # -inf * 0 would be NaN in masked pairs, and scores this small are all equal in fp32.
+        "scale": max(scale * LOG2_E, 1e-30),
+    }  # fmt: skip
+    if features.has_bounds:
+        arguments["kv_start"], arguments["kv_stop"] = bounds(g, plan.tiles.device)
+    if plan.key_order is not None:
+        arguments["key_positions"] = torch.where(plan.key_order < 0, HIDDEN, plan.key_order)
+        arguments["slots"] = plan.key_order.shape[-1]
+    return arguments
+
+
+def descriptor_strides(t: Tensor) -> list[int]:
+    """Strides of a ``[B, H, N, D]`` tensor for a tensor descriptor."""
+    # PyTorch leaves the stride of a dimension of one entry arbitrary; a descriptor wants it aligned all the same.
+    return [s if n > 1 else 8 for n, s in zip(t.shape[:3], t.stride()[:3], strict=True)] + [1]
 
 
 def compact_columns(k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mmi_compile.kernels.block_topk import BlockRules
-from mmi_compile.kernels.frames import TileFrame, TileShape, constant, has_padding, ramp, remembered, tile_frame
+from mmi_compile.kernels.frames import TileFrame, TileShape, constant, ramp, remembered, tile_frame
 from mmi_compile.kernels.geometry import Geometry
 from mmi_compile.kernels.patterns import Pattern
 from mmi_compile.kernels.plan import RECORD, Plan, TileRecord
@@ -92,7 +92,7 @@ def make_dense(plan: Plan, which: Tensor, frame: TileFrame | None = None) -> Pla
         frame: facts of the tiles, where the caller has them.
     """
     g, shape = plan.geometry, TileShape(plan.block_m, plan.block_n)
-    if frame is not None and has_padding(g):
+    if frame is not None and g.has_padding:
         records = _dense_records(frame)
     elif plan.row_order is None:
         records = remembered(_records_in_order, g, shape, plan.tiles.device)
@@ -376,7 +376,7 @@ def _columns(
     """
     g = geometry
     keep = None if sink_key is None else keys >= sink_key
-    if has_padding(g):
+    if g.has_padding:
         live = g.live_keys(keys.device)
         assert live is not None
         at = keys.clamp(max=g.kv_len - 1).long()

@@ -80,7 +80,7 @@ def last_live_position(geometry: Geometry, device: torch.device) -> Tensor:
 def probe_rows(geometry: Geometry, device: torch.device, last_q: int = LAST_Q) -> Tensor:
     """The last ``last_q`` live query rows (all rows if there are fewer), int64 ``[B, L]``. Not to be written to."""
     g, length = geometry, min(last_q, geometry.q_len)
-    if not _has_padding(g):
+    if not g.has_padding:
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
         return _last_rows(g.batch, g.q_len, length, device, int(stream))
     end = (last_live_position(g, device) - g.q_offset).clamp(length, g.q_len)
@@ -96,7 +96,7 @@ def _last_rows(batch: int, q_len: int, length: int, device: torch.device, stream
 def first_probe_tile(geometry: Geometry, rows: Tensor, block_m: int) -> Tensor:
     """Query tile of the first probe row, int64 ``[B]``. Not to be written to."""
     g, device = geometry, rows.device
-    if _has_padding(g):
+    if g.has_padding:
         return rows[:, 0] // block_m
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     return _filled(g.batch, (g.q_len - rows.shape[1]) // block_m, device, int(stream))
@@ -107,14 +107,10 @@ def _filled(batch: int, value: int, device: torch.device, stream: int) -> Tensor
     return torch.full((batch,), value, dtype=torch.int64, device=device)
 
 
-def _has_padding(geometry: Geometry) -> bool:
-    return any(x is not None for x in (geometry.kv_start, geometry.kv_stop, geometry.key_padding))
-
-
 def probe_tile_count(geometry: Geometry, length: int, block_m: int) -> int:
     """``PT``, query tiles that ``length`` probe rows may touch; exact where no padding hides which rows they are."""
     g = geometry
-    if not _has_padding(g):
+    if not g.has_padding:
         return (g.q_len - 1) // block_m - (g.q_len - length) // block_m + 1
     return min((length - 1) // block_m + 2, -(-g.q_len // block_m))
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mmi_compile.kernels.frames import TileFrame, TileShape, constant, has_padding, keep, ramp, tile_frame
+from mmi_compile.kernels.frames import TileFrame, TileShape, constant, keep, ramp, tile_frame
 from mmi_compile.kernels.geometry import Geometry
 from mmi_compile.kernels.planner import block_offsets, list_size
 from mmi_compile.kernels.probe import Probe, best_phase, phase_mass, probe_rows, probe_tile_count
@@ -140,7 +140,7 @@ def probe_frame(geometry: Geometry, tiles: TileShape, device: torch.device) -> P
     """Made once per geometry without padding, through ``remembered``."""
     g, bm, bn = geometry, tiles.block_m, tiles.block_n
     facts = tile_frame(g, tiles, device)
-    rows = probe_rows(g, device)[: g.batch if has_padding(g) else 1]
+    rows = probe_rows(g, device)[: g.batch if g.has_padding else 1]
     query_tiles, key_blocks, positions = -(-g.q_len // bm), -(-g.kv_len // bn), g.q_len + g.q_offset
     first_tile = rows[:, :1, None] // bm  # [b, 1, 1]
     tile = first_tile + ramp(probe_tile_count(g, rows.shape[1], bm), device, dtype=torch.int64)
@@ -156,7 +156,7 @@ def probe_frame(geometry: Geometry, tiles: TileShape, device: torch.device) -> P
     return ProbeFrame(
         tiles=facts,
         tile=tile.clamp(max=query_tiles - 1),
-        first_tile=None if has_padding(g) else (g.q_len - rows.shape[1]) // bm,
+        first_tile=None if g.has_padding else (g.q_len - rows.shape[1]) // bm,
         tail=(query_tile >= first_tile) & (query_tile <= rows[:, -1:, None] // bm),
         edge=edge.clamp(0, key_blocks - 1),
         known=(edge >= sink_end[..., None]) & (edge < key_blocks),

@@ -102,6 +102,11 @@ class Features:
             # A descriptor loads dead keys too, and a NaN in a dead value row would reach every output through 0 * NaN.
             raise ValueError("use_descriptors cannot skip dead keys: leave it off with has_bounds or has_key_padding")
 
+    @property
+    def features(self) -> Features:
+        """The loops and masks alone."""
+        return Features(**{f.name: getattr(self, f.name) for f in fields(Features)})
+
 
 @dataclass(frozen=True, kw_only=True)
 class KernelSpec(Features):
@@ -139,11 +144,6 @@ class KernelSpec(Features):
     def block_d(self) -> int:
         """Head dim of a tile in registers: the next power of two, at least 16. The surplus is loaded as zeros."""
         return padded_head_dim(self.head_dim)
-
-    @property
-    def features(self) -> Features:
-        """The loops and masks alone."""
-        return Features(**{f.name: getattr(self, f.name) for f in fields(Features)})
 
     @property
     def shared_bytes(self) -> int:

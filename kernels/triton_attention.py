@@ -13,18 +13,17 @@ from torch import Tensor
 
 from mmi_compile.kernels.launch import (
     COMPACT_ROWS,
-    HIDDEN,
-    LOG2_E,
     aligned,
-    bounds,
     check_call,
     compact_columns,
     describable,
+    descriptor_strides,
     device_arch,
     dtype_name,
     group_keys,
     int32,
     on_device,
+    plan_arguments,
     plan_features,
     row_strides,
 )
@@ -165,44 +164,16 @@ def _arguments(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, plan: Plan, scale: float, spec: KernelSpec
 ) -> dict[str, Any]:
     """Every argument that some spec's kernel may take, by name."""
-    g = plan.geometry
-    arguments: dict[str, Any] = {
-        "q": q, "k": k, "v": v, "out": out,
-        "tiles": plan.tiles,
-        "q_heads": g.q_heads, "group": g.group,
-        "q_len": g.q_len, "kv_len": g.kv_len, "q_offset": g.q_offset, "window": g.window, "regions": plan.regions,
-        # -inf * 0 would be NaN in masked pairs, and scores this small are all equal in fp32.
-        "scale": max(scale * LOG2_E, 1e-30),
-    }  # fmt: skip
+    arguments = plan_arguments(plan, scale, spec) | {"q": q, "k": k, "v": v, "out": out}
     for letter, tensor in {"q": q, "k": k, "v": v, "o": out}.items():
         row = "m" if letter in "qo" else "n"
         arguments |= {f"stride_{letter}{axis}": s for axis, s in zip(f"bh{row}", row_strides(tensor), strict=True)}
-    if spec.has_blocks:
-        arguments["lists"] = plan.lists
-    if spec.has_block_bits:
-        assert plan.list_bits is not None
-        arguments["list_bits"] = plan.list_bits
-    if spec.has_row_order:
-        assert plan.row_order is not None
-        arguments["row_order"] = plan.row_order
-    if spec.has_bounds:
-        arguments["kv_start"], arguments["kv_stop"] = bounds(g, q.device)
-    if spec.has_key_padding:
-        assert g.key_padding is not None
+    if plan.geometry.key_padding is not None:
         # Not bytes: from their width Triton would infer slower tensor core operands for all that they mask.
-        arguments["key_padding"] = int32(g.key_padding)
+        arguments["key_padding"] = int32(plan.geometry.key_padding)
     if spec.has_columns:
-        arguments |= {"columns": plan.columns, "max_columns": plan.columns.shape[-1]}
         arguments["k_columns"], arguments["v_columns"] = compact_columns(k, v, plan)
-    if spec.has_block_bits and spec.has_key_order:
-        assert plan.column_slots is not None
-        arguments["column_slots"] = plan.column_slots
-    if spec.has_key_order:
-        assert plan.key_order is not None
-        arguments |= {
-            "key_positions": torch.where(plan.key_order < 0, HIDDEN, plan.key_order),
-            "slots": plan.key_order.shape[-1],
-        }
+    if plan.key_order is not None:
         arguments["k_groups"], arguments["v_groups"] = group_keys(k, v, plan.key_order)
     if spec.use_descriptors:
         arguments |= _descriptors(arguments, spec)
@@ -216,7 +187,7 @@ def _descriptors(arguments: dict[str, Any], spec: KernelSpec) -> dict[str, Any]:
     made = {}
     for name in ("k", "v"):
         t: Tensor = arguments[name]
-        made[f"{name}_desc"] = TensorDescriptor(t, list(t.shape), _descriptor_strides(t), [1, 1, *tile])
+        made[f"{name}_desc"] = TensorDescriptor(t, list(t.shape), descriptor_strides(t), [1, 1, *tile])
         if spec.has_columns:
             t = arguments[f"{name}_columns"].flatten(0, 1)
             made[f"{name}_column_desc"] = TensorDescriptor(t, list(t.shape), list(t.stride()), [1, *tile])
@@ -224,8 +195,3 @@ def _descriptors(arguments: dict[str, Any], spec: KernelSpec) -> dict[str, Any]:
             t = arguments[f"{name}_groups"]
             made[f"{name}_group_desc"] = TensorDescriptor(t, list(t.shape), list(t.stride()), [1, 1, *tile])
     return made
-
-
-def _descriptor_strides(t: Tensor) -> list[int]:
-    # PyTorch leaves the stride of a dimension of one entry arbitrary; a descriptor wants it aligned all the same.
-    return [s if n > 1 else 8 for n, s in zip(t.shape[:3], t.stride()[:3], strict=True)] + [1]
