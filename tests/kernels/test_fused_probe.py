@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pytest
 import torch
@@ -25,52 +20,26 @@ from mmi_compile.kernels.geometry import Geometry
 from mmi_compile.kernels.probe import best_phase, phase_mass, reference_probe, run_probe
 from mmi_compile.kernels.spec import SHARED_MEMORY
 from tests.host_waits import NoHostWaits
+from tests.kernels.interpreter import running
 
 pytest.importorskip("triton", reason="triton is published for Linux only")
 
-ROOT = Path(__file__).resolve().parents[2]
 # Relative to masses of 1 and more: rounding of scores of size s shifts a probability by s / 2^24 of itself.
 TOLERANCE = 2e-5
 
-
-class Worker:
-    """A process with ``TRITON_INTERPRET=1`` that answers one request at a time."""
-
-    def __init__(self) -> None:
-        environment = os.environ | {
-            "TRITON_INTERPRET": "1",
-            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
-        }
-        self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("probe_worker.py"))],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
-        )  # fmt: skip
-
-    def __call__(self, kind: str, **request: Any) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps({"kind": kind, **request}) + "\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        assert line, f"the worker died with exit status {self.process.wait()} on {request}"
-        answer: dict[str, Any] = json.loads(line)
-        assert "failure" not in answer, answer["failure"]
-        return answer
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait(timeout=60)
+Worker: TypeAlias = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
 def worker() -> Iterator[Worker]:
-    versions = [tuple(map(int, version(name).split(".")[:2])) for name in ("triton", "numpy")]
-    if versions[0] < (3, 7) and versions[1] >= (2, 4):
-        pytest.skip("the interpreter of triton 3.6 needs numpy < 2.4")
-    process = Worker()
-    yield process
-    process.close()
+    with running("probe_worker.py") as process:
+
+        def ask(kind: str, **request: Any) -> dict[str, Any]:
+            answer = process(kind=kind, **request)
+            assert "failure" not in answer, answer["failure"]
+            return answer
+
+        yield ask
 
 
 def assert_is_the_reference(answer: dict[str, Any]) -> None:

@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import fields, replace
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,52 +16,18 @@ from mmi_compile.kernels.launch import plan_features
 from mmi_compile.kernels.plan import Plan
 from mmi_compile.kernels.spec import Features, choose_spec
 from mmi_compile.kernels.triton_attention import attention_triton
+from tests.kernels.interpreter import Interpreter, running
 from tests.random_plans import random_plan, random_qkv
 
 pytest.importorskip("triton", reason="triton is published for Linux only")
 
-ROOT = Path(__file__).resolve().parents[2]
 TOLERANCE = {"fp32": 2e-5, "fp16": 4e-3}  # absolute, for outputs of order one
-
-
-class Interpreter:
-    """A worker process with ``TRITON_INTERPRET=1`` that answers one request at a time."""
-
-    def __init__(self, cache: Path) -> None:
-        environment = os.environ | {
-            "TRITON_INTERPRET": "1",
-            "MMI_CACHE_DIR": str(cache),
-            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
-        }
-        self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("interpreter_worker.py"))],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
-        )  # fmt: skip
-
-    def __call__(self, **request: Any) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        assert line, f"the worker died with exit status {self.process.wait()} on {request}"
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait(timeout=60)
 
 
 @pytest.fixture(scope="module")
 def interpreter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Interpreter]:
-    versions = [tuple(map(int, version(name).split(".")[:2])) for name in ("triton", "numpy")]
-    if versions[0] < (3, 7) and versions[1] >= (2, 4):
-        pytest.skip("the interpreter of triton 3.6 needs numpy < 2.4")
-    worker = Interpreter(tmp_path_factory.mktemp("kernels"))
-    yield worker
-    worker.close()
+    with running("interpreter_worker.py", MMI_CACHE_DIR=str(tmp_path_factory.mktemp("kernels"))) as worker:
+        yield worker
 
 
 def assert_equals_the_mask(answer: dict[str, Any], dtype: str = "fp32") -> None:
