@@ -22,7 +22,7 @@ MIN_STRIDE = 16
 FORCED_COLUMNS, FORCED_DISTANCES = 30, 100
 """First columns and nearest diagonals that vertical-slash always keeps (MInference), as far as its counts allow."""
 
-FOURIER_CHUNK = 32 << 20
+FOURIER_CHUNK = 4 << 20
 """Values that are Fourier transformed at a time."""
 
 
@@ -266,24 +266,47 @@ def _slash_rules(patterns: Sequence[VerticalSlash], probe: Masses, geometry: Geo
     g = geometry
     vertical = _sizes(patterns, "n_vertical", 0, g.kv_len)
     slash = _sizes(patterns, "n_slash", 1, g.q_len + g.q_offset)
-    columns = _heaviest(probe.columns, vertical, FORCED_COLUMNS, g.kv_len)
-    return columns, _heaviest(probe.distances, slash, FORCED_DISTANCES, -1)
+    columns, distances = probe.columns, probe.distances
+    if columns.shape != distances.shape:
+        return (
+            _heaviest(columns.clone(), vertical, (FORCED_COLUMNS,) * len(vertical), (g.kv_len,) * len(vertical)),
+            _heaviest(distances.clone(), slash, (FORCED_DISTANCES,) * len(slash), (-1,) * len(slash)),
+        )
+    # One selection for both costs the device half of what two do.
+    both = _heaviest(
+        torch.cat([columns, distances], 1), vertical + slash,
+        (FORCED_COLUMNS,) * len(vertical) + (FORCED_DISTANCES,) * len(slash),
+        (g.kv_len,) * len(vertical) + (-1,) * len(slash),
+    )  # fmt: skip
+    return both[:, : len(vertical), : max(vertical)], both[:, len(vertical) :, : max(slash)]
 
 
-def _heaviest(mass: Tensor, counts: tuple[int, ...], forced: int, none: int) -> Tensor:
-    """For each head its ``counts`` heaviest entries of ``mass [B, H, X]``, the first ones forced in, then ``none``."""
-    width = min(forced, mass.shape[-1])
-    first, wanted = keep(_counted, (counts, width), mass.device)
-    mass = torch.cat([mass[..., :width].masked_fill(first, torch.inf), mass[..., width:]], -1)
+def _heaviest(mass: Tensor, counts: tuple[int, ...], forced: tuple[int, ...], none: tuple[int, ...]) -> Tensor:
+    """For each head its ``counts`` heaviest entries of ``mass [B, H, X]``, the first ``forced`` in, then ``none``.
+
+    Args:
+        mass: written to.
+
+    Returns:
+        int32 ``[B, H, largest count]``; where heads want the same count its order means nothing.
+    """
+    width = min(max(forced), mass.shape[-1])
+    first, wanted = keep(_counted, (counts, forced, width), mass.device)
+    mass[..., :width].masked_fill_(first, torch.inf)
     # Ranks matter only where heads want different counts.
-    chosen = mass.topk(max(counts), -1, sorted=min(counts) < max(counts)).indices
-    return torch.where(wanted, chosen, none).int()
+    chosen = mass.topk(max(counts), -1, sorted=min(counts) < max(counts)).indices.int()
+    return chosen if wanted is None else torch.where(wanted, chosen, constant(none, mass.device)[:, None])
 
 
-def _counted(counts: tuple[int, ...], width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Which of the first ``width`` entries are forced in, half of the count at most, and which ranks are wanted."""
-    count = constant(counts, device)[:, None]
-    return ramp(width, device) < (count + 1) // 2, ramp(max(counts), device) < count
+def _counted(
+    counts: tuple[int, ...], forced: tuple[int, ...], width: int, device: torch.device
+) -> tuple[Tensor, Tensor | None]:
+    """Which of the first ``width`` entries are forced in, half of the count at most, and which ranks are wanted, None
+    for all."""
+    most = constant(tuple(min(f, (count + 1) // 2) for f, count in zip(forced, counts, strict=True)), device)
+    same = min(counts) == max(counts)
+    wanted = None if same else ramp(max(counts), device) < constant(counts, device)[:, None]
+    return ramp(width, device) < most[:, None], wanted
 
 
 def _strides_and_phases(heads: _Heads, probe: Masses) -> tuple[Tensor, Tensor]:
