@@ -44,7 +44,7 @@ TRIED_AT_ONCE = 32 << 20
 def max_columns(kv_len: int, block_n: int) -> int:
     """Columns a head may have: 1/16 of the keys, beyond 64 K keys 4096, beyond 256 K keys 1/64 of them.
 
-    In whole key blocks and at least one. A function of lengths alone, since columns take room for all that there may be.
+    In whole key blocks and at least one. A function of lengths alone: columns take room for all that there may be.
     """
     most = min(kv_len // 16, max(4096, kv_len // 64))
     return max(1, most // block_n) * block_n
