@@ -23,6 +23,7 @@ from mmi_compile.bench_cases import TEXT, VIDEO, Case, is_dense, make_inputs, vi
 from mmi_compile.bench_measure import peak_bytes, relative_error, sampled_rows, time_call
 from mmi_compile.bench_peers import PEERS, Call, Family, kernel_families
 from mmi_compile.bench_rows import DTYPES, FAILED, SKIPPED, TOLERANCE, BenchOptions, Results, Row
+from mmi_compile.environment import describe_device, versions
 from mmi_compile.kernels.boundaries import build_bounded_plan
 from mmi_compile.kernels.geometry import Geometry
 from mmi_compile.kernels.patterns import ByModality
@@ -68,38 +69,6 @@ def count_steps(options: BenchOptions, device: torch.device) -> int:
     """How often ``run_bench`` will call ``on_step``, at most."""
     kernels = 10 if options.tune else len(options.peers) + 3
     return len(options.tokens) * len(options.cases) * kernels
-
-
-def describe_device(device: torch.device) -> dict[str, Any]:
-    """Name, architecture and memory of the device."""
-    if device.type != "cuda":
-        return {"type": device.type, "name": "CPU", "threads": torch.get_num_threads()}
-    properties = torch.cuda.get_device_properties(device)
-    from mmi_compile.kernels.launch import device_arch
-
-    return {
-        "type": "cuda",
-        "name": properties.name,
-        "arch": device_arch(device),
-        "memory_gib": round(properties.total_memory / 2**30, 1),
-        "multiprocessors": properties.multi_processor_count,
-    }
-
-
-def versions() -> dict[str, str]:
-    """Versions of everything that takes part."""
-    import importlib.metadata
-    import platform
-
-    found = {"python": platform.python_version(), "torch": torch.__version__, "cuda": str(torch.version.cuda)}
-    if torch.backends.cudnn.is_available():
-        found["cudnn"] = str(torch.backends.cudnn.version())
-    for name in ("mmi-compile", "triton", "flash-attn-4", "nvidia-cutlass-dsl"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 @dataclass

@@ -16,6 +16,7 @@ import typer
 
 if TYPE_CHECKING:
     from mmi_compile.bench_rows import BenchOptions, Results
+    from mmi_compile.doctor import Diagnosis
 
 FAILURE, USAGE = 1, 2
 
@@ -153,6 +154,39 @@ def bench(
         first = results.failed[0]
         more = f" ({len(results.failed)} failures in all)" if len(results.failed) > 1 else ""
         raise CommandError(f"{first.kernel}, {first.case}, {first.tokens} tokens: {first.reason}{more}", FAILURE)
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON on stdout.")] = False,
+) -> int:
+    """Check this installation: versions, devices, caches, and small self-tests with the numbers they should give."""
+    from mmi_compile.doctor import diagnose
+
+    diagnosis = diagnose()
+    if as_json:
+        print(json.dumps(diagnosis.to_json(), indent=1))
+    else:
+        _print_diagnosis(diagnosis)
+    return 0 if diagnosis.healthy else FAILURE
+
+
+def _print_diagnosis(diagnosis: Diagnosis) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    for device in diagnosis.devices:
+        console.print(escape(", ".join(f"{key} {value}" for key, value in device.items() if key != "type")))
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+    marks = {True: "[green]ok[/]", False: "[red]broken[/]", None: "[yellow]note[/]"}
+    for check in diagnosis.checks:
+        table.add_row(marks[check.ok], check.name, escape(check.detail))
+        if check.ok is False:
+            table.add_row("", "", f"mend: {escape(check.mend)}")
+    console.print(table)
+    console.print("everything works" if diagnosis.healthy else "something is broken")
 
 
 def _json(results: Results) -> str:
