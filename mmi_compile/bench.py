@@ -278,7 +278,7 @@ class _Planner:
         g = self.geometry
         key = ("ids", g.batch, g.kv_len)
         if key not in self.made:
-            self.made[key] = video_prompt(g.kv_len, g.batch, self.q.device)
+            self.made[key] = video_prompt(g.kv_len, g.batch, self.q.device, self.case.segments)
         return segment(self.made[key], (TEXT, VIDEO), g, self.family.tiles)
 
     def plan(self) -> Plan:

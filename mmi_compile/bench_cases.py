@@ -73,11 +73,13 @@ class Case:
     Attributes:
         name: as given. kind: pattern name, ``"mix"``, ``"adaptive"``, or a boundary: ``"q"`` or ``"2d"``.
         pattern: the pattern of all heads, None for ``mix``, ``adaptive`` and boundaries.
+        segments: runs of one modality in the prompt of a boundary, as in ``2d(2000)``; None for the usual prompt.
     """
 
     name: str
     kind: str
     pattern: Pattern | None = None
+    segments: int | None = None
 
     @property
     def bounded(self) -> bool:
@@ -161,6 +163,11 @@ def _parse_case(word: str) -> Case:
     kinds = _pattern_kinds()
     if name in ("mix", "adaptive", *BOUNDARIES) and read and read[2] is None:
         return Case(word, name)
+    if name in BOUNDARIES and read:
+        segments = _value(read[2])
+        if type(segments) is not int or segments < 2:
+            raise CaseError(f"{word!r}: {name} takes the number of segments in the prompt, 2 or more")
+        return Case(word, name, segments=segments)
     if read is None or name not in kinds:
         raise CaseError(f"unknown case {word!r}{did_you_mean(name, [*kinds, 'mix', 'adaptive', *BOUNDARIES])}")
     return Case(word, name, _parse_pattern(kinds[name], name, read[2] or ""))
@@ -199,13 +206,23 @@ def _value(text: str) -> int | float | bool | str | None:
     return text
 
 
-def video_prompt(tokens: int, batch: int, device: torch.device) -> torch.Tensor:
-    """Modality ids int8 ``[batch, tokens]`` of a prompt that is mostly video: text, frames with time stamps, text."""
-    frames = int(tokens * VIDEO_SHARE) // FRAME
+def video_prompt(tokens: int, batch: int, device: torch.device, segments: int | None = None) -> torch.Tensor:
+    """Modality ids int8 ``[batch, tokens]`` of a prompt that is mostly video.
+
+    Args:
+        segments: runs of text and video by turns, all of one kind equally long; None for frames with time stamps
+            between a text and another.
+    """
+    at = torch.arange(tokens, device=device)
+    if segments is not None:
+        # A pair of runs begins where the product passes a multiple of the length.
+        inside = at * (segments // 2) % tokens >= (1 - VIDEO_SHARE) * tokens
+    else:
+        frames = int(tokens * VIDEO_SHARE) // FRAME
+        last = min(128, tokens - frames * (FRAME + STAMP))
+        place = at - (tokens - last - frames * (FRAME + STAMP))
+        inside = (place >= 0) & (place < frames * (FRAME + STAMP)) & (place % (FRAME + STAMP) < FRAME)
     ids = torch.full((tokens,), TEXT, dtype=torch.int8, device=device)
-    last = min(128, tokens - frames * (FRAME + STAMP))
-    place = torch.arange(tokens, device=device) - (tokens - last - frames * (FRAME + STAMP))
-    inside = (place >= 0) & (place < frames * (FRAME + STAMP)) & (place % (FRAME + STAMP) < FRAME)
     return torch.where(inside, VIDEO, ids).to(torch.int8).expand(batch, -1).contiguous()
 
 

@@ -14,7 +14,16 @@ from hypothesis import strategies as st
 from mmi_compile import bench, bench_peers
 from mmi_compile.bench import plan_pairs, run_bench
 from mmi_compile.bench_blocks import BlockLists, NotFeasible, block_lists, flex_block_mask
-from mmi_compile.bench_cases import MIX_OF_28, CaseError, make_inputs, mix, parse_cases, parse_tokens
+from mmi_compile.bench_cases import (
+    MIX_OF_28,
+    VIDEO,
+    CaseError,
+    make_inputs,
+    mix,
+    parse_cases,
+    parse_tokens,
+    video_prompt,
+)
 from mmi_compile.bench_measure import relative_error, sampled_rows, time_call
 from mmi_compile.bench_peers import PEERS, Call, Family, kernel_families, peers_for
 from mmi_compile.bench_rows import SCHEMA, BenchOptions, Results, rows_from_json
@@ -426,3 +435,17 @@ def test_options_that_contradict_each_other_are_refused() -> None:
         options(repeats=0)
     assert peers_for(torch.device("cuda"), "bf16")[0] == "cudnn"
     assert peers_for(torch.device("cuda"), "fp32")[0] == "sdpa"
+
+
+@pytest.mark.parametrize("segments", [2, 7, 40, 500])
+def test_prompts_have_the_segments_that_a_case_names(segments: int) -> None:
+    (case,) = parse_cases([f"2d({segments})"])
+    ids = video_prompt(4096, 2, CPU, case.segments)
+    assert int((ids[0].diff() != 0).sum()) + 1 == segments // 2 * 2
+    assert 0.8 < float((ids == VIDEO).float().mean()) < 0.9
+
+
+@pytest.mark.parametrize("word", ["q(1)", "2d()", "2d(x)", "q(2.5)", "mix(3)"])
+def test_segments_must_be_a_number(word: str) -> None:
+    with pytest.raises(CaseError):
+        parse_cases([word])
