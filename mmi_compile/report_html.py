@@ -1,0 +1,113 @@
+"""The report as one HTML page that needs no network."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from functools import lru_cache
+from importlib import resources
+from itertools import groupby
+from typing import Any
+
+import jinja2
+
+from mmi_compile.environment import versions
+from mmi_compile.report import GraphReport, Report
+
+KINDS = ("dense", "a_shape", "tri_shape", "vertical_slash", "grid", "block_topk")
+"""Patterns that have a colour of their own."""
+
+_COLOURS = {"text": 0, "image": 1, "video": 2, "audio": 3}
+_MOST_RUNS = 400
+"""Runs of one modality that a strip shows; narrower ones are joined, since a screen has no room for them."""
+
+
+def render_html(report: Report) -> str:
+    """All of ``report.to_json()``, the graphs' code and what the passes changed in it, as a page."""
+    data = report.to_json()
+    graphs = [
+        _graph(told, graph)
+        for told, graph in zip(data["graphs"], report.graphs, strict=True)
+        if told["attentions"] or told["failure"]
+    ]
+    graphs.sort(key=lambda graph: not graph["rewritten"])  # stable: those that were changed come first
+    for before, graph in zip([{"rewritten": True}, *graphs], graphs, strict=False):
+        graph["first_left"] = before["rewritten"] and not graph["rewritten"]
+    return _template().render(data=data, graphs=graphs, sites=report.sites, versions=versions())
+
+
+@lru_cache(maxsize=1)
+def _template() -> jinja2.Template:
+    text = resources.files("mmi_compile").joinpath("templates/report.html.jinja").read_text(encoding="utf-8")
+    return jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(text)
+
+
+def _graph(told: dict[str, Any], graph: GraphReport) -> dict[str, Any]:
+    prompt = told["modality"]["prompt"]
+    names = list(prompt["tokens"]) if prompt else []
+    colours = {name: _COLOURS.get(name, 4) for name in names}
+    rows = [row for row in map(_row, told["attentions"]) if row["cells"]]
+    kinds = {cell["kind"] for row in rows for cell in row["cells"]}
+    return {
+        **told,
+        "rewritten": any(site["rewritten"] for site in told["attentions"]),
+        "sites": _alike(told["attentions"]),
+        "colours": colours,
+        "strips": [list(_strip(runs, colours)) for runs in prompt["runs"]] if prompt else [],
+        "map": rows,
+        "heads": max((len(row["cells"]) for row in rows), default=0),
+        "kinds": [kind for kind in (*KINDS, "other") if kind in kinds],
+        "steps": _steps(told["seconds"]),
+        "diff": list(_diff(graph.code(before=True), graph.code())) if graph.sites else [],
+        "code": graph.code(),
+    }
+
+
+def _alike(sites: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One entry for neighbours that differ in shapes alone, as the windows of a vision tower do; ``times`` counts."""
+    told: list[dict[str, Any]] = []
+    for site in sites:
+        facts = {name: value for name, value in site.items() if name not in ("shapes", "key", "times")}
+        if told and all(told[-1][name] == value for name, value in facts.items()):
+            told[-1]["times"] += 1
+        else:
+            told.append({**site, "times": 1})
+    return told
+
+
+def _strip(runs: list[list[Any]], colours: dict[str, int]) -> Iterator[dict[str, Any]]:
+    """Coloured stretches of a prompt; where there are too many, neighbours share one in the colour of the longest."""
+    step = -(-len(runs) // _MOST_RUNS)
+    for start in range(0, len(runs), step):
+        joined = runs[start : start + step]
+        longest = max(joined, key=lambda run: run[1])[0]
+        title = " + ".join(f"{name} × {length}" for name, length in joined[:4]) + (" + …" if len(joined) > 4 else "")
+        yield {"length": sum(length for _, length in joined), "colour": colours[longest], "title": title}
+
+
+def _row(site: dict[str, Any]) -> dict[str, Any]:
+    """The heads of one attention as they ran last."""
+    run = site["run"] or {"patterns": [], "density_per_head": []}
+    heads = run["patterns"][0] if run["patterns"] else []
+    texts = heads or [f"dense, density {density:.3f}" for density in run["density_per_head"]]
+    label = site["where"] if site["layer"] is None else f"layer {site['layer']}"
+    return {"label": label, "cells": [{"kind": _kind(text), "title": text} for text in texts]}
+
+
+def _kind(text: str) -> str:
+    """The pattern that a head's description begins with."""
+    return next((kind for kind in KINDS if text.startswith(kind)), "other")
+
+
+def _steps(seconds: dict[str, float]) -> list[dict[str, Any]]:
+    longest = max(seconds.values(), default=0.0) or 1.0
+    return [
+        {"name": name, "seconds": value, "share": round(100 * max(0.0, value) / longest, 2)}
+        for name, value in seconds.items()
+    ]
+
+
+def _diff(before: str, after: str) -> Iterator[dict[str, str]]:
+    lines = difflib.unified_diff(before.splitlines(), after.splitlines(), "captured", "rewritten", lineterm="", n=2)
+    for kind, group in groupby(lines, key=lambda line: {"+": "add", "-": "cut"}.get(line[:1], "")):
+        yield {"kind": kind, "text": "\n".join(group)}

@@ -1,0 +1,122 @@
+"""The HTML page of a report: one file, nothing from the network, everything that the report knows."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mmi_compile
+from mmi_compile.report_html import render_html
+from tests import models
+
+pytestmark = pytest.mark.fresh_dynamo
+
+_VOID = {"meta", "br", "link", "img", "hr", "input"}
+
+
+class Page(HTMLParser):
+    """Checks that tags nest; collects text, titles of coloured cells and links."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.text: list[str] = []
+        self.titles: list[str] = []
+        self.links: list[str] = []
+        self.feed(page)
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in _VOID:
+            self.open.append(tag)
+        given = dict(attrs)
+        self.titles += [value for name, value in given.items() if name == "title" and value]
+        self.links += [value for name, value in given.items() if name in ("src", "href") and value]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+    def words(self) -> str:
+        return " ".join(" ".join(self.text).split())
+
+
+@pytest.fixture(scope="module")
+def page() -> str:
+    example = models.interleaved("qwen2_5_vl", shape=models.Shape(layers=2, heads=4, kv_heads=2))
+    report = mmi_compile.explain(example.model, options={"min_tokens": 0, "recall": 0.5}, **example.inputs)
+    return render_html(report)
+
+
+def test_the_page_is_whole_and_needs_no_network(page: str) -> None:
+    read = Page(page)
+    assert not read.links
+    assert not re.search(r"https?://|@import|url\(", page)
+    assert page.count("<section>") >= 3
+
+
+def test_it_tells_what_the_report_knows(page: str) -> None:
+    words = Page(page).words()
+    assert "2 of " in words
+    assert "attentions rewritten" in words
+    assert "left alone: it attends in both directions" in words
+    assert "mend: " in words
+    assert "mm_token_type_ids" in words  # where modality was learned
+    assert "video" in words
+    assert "causal and padding" in words
+    assert torch.__version__ in words
+
+
+def test_graphs_that_were_changed_come_first(page: str) -> None:
+    words = Page(page).words()
+    assert words.index("causal and padding") < words.index("Graphs in which nothing was rewritten")
+    assert words.count("Graphs in which nothing was rewritten") == 1
+
+
+def test_every_head_and_run_has_a_cell(page: str) -> None:
+    titles = Page(page).titles
+    assert sum(title.startswith("head ") for title in titles) == 2 * 4
+    assert any(title.startswith("video × ") for title in titles)
+
+
+def test_names_of_the_user_are_escaped() -> None:
+    class Odd(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
+
+    holder = nn.ModuleDict({"<b>": Odd()})
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = holder
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.parts["<b>"](x)
+            return result
+
+    report = mmi_compile.explain(Model(), torch.randn(1, 2, 40, 16))
+    page = render_html(report)
+    assert "<b>'" not in page
+    Page(page)
+
+
+def test_long_prompts_become_few_stretches() -> None:
+    from mmi_compile.report_html import _strip
+
+    runs = [["text", 6], ["video", 256]] * 5000
+    strip = list(_strip(runs, {"text": 0, "video": 2}))
+    assert len(strip) <= 400
+    assert sum(part["length"] for part in strip) == 5000 * 262
+    assert {part["colour"] for part in strip} == {2}
+
+
+def test_a_report_without_attention() -> None:
+    report = mmi_compile.explain(nn.Linear(4, 4), torch.randn(2, 4))
+    assert "No attention was found" in Page(render_html(report)).words()
