@@ -23,7 +23,7 @@ from mmi_compile.kernels.frames import TileFrame, TileShape, constant, ramp
 from mmi_compile.kernels.geometry import Geometry
 from mmi_compile.kernels.patterns import AShape, ByModality, Dense, HeadPattern, Pattern, TriShape
 from mmi_compile.kernels.plan import RECORD, Plan, TileRecord
-from mmi_compile.kernels.planner import build_plan, lower, ordered_frame
+from mmi_compile.kernels.planner import build_plan, keep_tail, lower, ordered_frame
 from mmi_compile.kernels.probe import LAST_Q, head_chunks, row_scores
 from mmi_compile.kernels.rules import HeadRules, Probing, estimate_rules
 from mmi_compile.kernels.segments import Segments
@@ -60,7 +60,7 @@ class Part:
 
 def build_bounded_plan(
     heads: Sequence[HeadPattern], q: Tensor, k: Tensor, geometry: Geometry, scale: float, tiles: TileShape,
-    segments: Segments,
+    segments: Segments, *, dense_tail: bool = False,
 ) -> Plan:  # fmt: skip
     """The plan of one attention call whose head ``h`` follows ``heads[h]``; boundaries mix freely.
 
@@ -68,6 +68,7 @@ def build_bounded_plan(
         heads: one per query head, patterns (boundary ``none`` or ``k``) or ``ByModality``.
         q: ``[B, HQ, q_len, D]``; k: ``[B, HKV, kv_len, D]``; scale: factor on the scores.
         segments: the prompt, grouped for the same geometry and tiles.
+        dense_tail: keep every key for the tiles of the last live rows, as ``adaptive_plan`` does.
 
     Raises:
         ValueError: the number of patterns is not the number of query heads.
@@ -80,10 +81,13 @@ def build_bounded_plan(
         heads = [p.pattern(only, only) if isinstance(p, ByModality) else p for p in heads]
     whole = [Dense() if isinstance(p, ByModality) else p for p in heads]
     plain = build_plan(whole, q, k, geometry, scale, tiles)
+    if dense_tail:
+        plain = keep_tail(plain)
     if geometry.q_len == 0 or geometry.kv_len == 0 or not any(isinstance(p, ByModality) for p in heads):
         return plain
     parts = estimate_parts(heads, q, k, geometry, scale, tiles, segments)
-    return _assembled(plain, parts, [lower_part(part, tiles, segments) for part in parts], segments)
+    plans = [lower_part(part, tiles, segments, dense_tail=dense_tail) for part in parts]
+    return _assembled(plain, parts, plans, segments)
 
 
 def estimate_parts(
@@ -158,9 +162,12 @@ def dense_tiles(part: Part, segments: Segments, tiles: TileShape) -> Tensor | No
     return is_last if apart is None else is_last | apart
 
 
-def lower_part(part: Part, tiles: TileShape, segments: Segments) -> Plan:
+def lower_part(part: Part, tiles: TileShape, segments: Segments, *, dense_tail: bool = False) -> Plan:
     """The plan of one part for all tiles and heads, in its own coordinates."""
     dense = dense_tiles(part, segments, tiles)
+    if dense_tail:
+        tail = segments.tail[:, None]
+        dense = tail if dense is None else dense | tail
     return lower(part.rules, part.geometry, tiles, frame=part.frame, dense=dense, spread=True).plan
 
 

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from mmi_compile.kernels.adaptive import adaptive_plan
+from mmi_compile.kernels.boundaries import build_bounded_plan
 from mmi_compile.kernels.cpu import attention_cpu
 from mmi_compile.kernels.dense import dense_attention
 from mmi_compile.kernels.geometry import Geometry
+from mmi_compile.kernels.layer_heads import LayerHeads
+from mmi_compile.kernels.patterns import ByModality
 from mmi_compile.kernels.plan import Plan
-from mmi_compile.kernels.planner import TileShape, dense_plan
+from mmi_compile.kernels.planner import TileShape, build_plan, dense_plan, keep_tail
+from mmi_compile.kernels.segments import Segments
 from mmi_compile.runtime import AttentionRun
 
 CPU_DENSE_BELOW = 4096
@@ -29,6 +35,22 @@ CPU_TILES = TileShape(128, 64)
 """Tiles of the CPU path: large enough that a matrix product outweighs a Python step."""
 
 
+@dataclass(frozen=True)
+class ConfiguredHeads:
+    """What ``policy="config"`` runs.
+
+    Attributes:
+        heads: of this layer. dense_tail: the last rows keep every key.
+        segments: the grouped prompt for given tiles; None where its modality is not known, so that all of it is text.
+        notes: for the report.
+    """
+
+    heads: LayerHeads
+    dense_tail: bool
+    segments: Callable[[TileShape], Segments] | None = None
+    notes: tuple[str, ...] = ()
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -41,20 +63,23 @@ def attention(
     recall: float,
     max_density: float,
     min_tokens: int,
+    dense_tail: bool = True,
+    configured: ConfiguredHeads | None = None,
 ) -> tuple[Tensor, AttentionRun]:
     """Prefill attention ``[B, HQ, q_len, D]``, and how it ran.
 
     Args:
         q: ``[B, HQ, q_len, D]``; k, v: ``[B, HKV, kv_len, D]`` with ``kv_len == geometry.kv_len``.
         new_output: makes the tensor that our own kernels write to. Fused kernels of PyTorch make their own.
-        policy, recall, max_density, min_tokens: as for ``mmi::attention``; with a negative ``min_tokens`` the device
-            and the amount of work decide.
+        policy, recall, max_density, min_tokens, dense_tail: as for ``mmi::attention``; with a negative ``min_tokens``
+            the device and the amount of work decide.
+        configured: the heads of this layer, for ``policy="config"`` alone.
     """
     run = AttentionRun(q_len=geometry.q_len, kv_len=geometry.kv_len, path="")
     if not q.numel() or not k.numel():
         run.path = "nothing to attend to"
         return new_output().zero_(), run
-    tiles, kernel, name = _kernel_for(q)
+    tiles, kernel, name = _kernel_for(q.device, q.dtype, q.shape[3])
     why_dense = _why_dense(q, geometry, policy, min_tokens)
     if why_dense:
         run.path = f"dense ({why_dense})"
@@ -65,9 +90,36 @@ def attention(
         if _own_dense(q, geometry):
             return run_dense(q, k, v, dense_plan(geometry, tiles, q.device), scale), run
         return dense_attention(q, k, v, geometry, scale, tiles, run_plan=run_dense), run
-    plan, choice = adaptive_plan(q, k, geometry, scale, tiles, recall=recall, max_density=max_density)
-    run.path, run.choice, run.density = name, choice, choice.density
+    run.path = name
+    if policy == "config":
+        if configured is None:
+            raise ValueError('policy "config" needs the heads of the layer')
+        plan = configured_plan(q, k, geometry, scale, tiles, configured)
+        run.heads, run.density, run.notes = configured.heads.describe(), plan.density(), configured.notes
+    else:
+        plan, choice = adaptive_plan(
+            q, k, geometry, scale, tiles, recall=recall, max_density=max_density, dense_tail=dense_tail
+        )
+        run.choice, run.density = choice, choice.density
     return kernel(q, k, v, plan, scale, new_output()), run
+
+
+def configured_plan(
+    q: Tensor, k: Tensor, geometry: Geometry, scale: float, tiles: TileShape, configured: ConfiguredHeads
+) -> Plan:
+    """One plan for all heads of a layer, with and without boundaries.
+
+    Raises:
+        ValueError: the number of heads is not that of the layer.
+    """
+    heads = configured.heads.patterns
+    if configured.heads.bounded and configured.segments is not None:
+        segments = configured.segments(tiles)
+        return build_bounded_plan(heads, q, k, geometry, scale, tiles, segments, dense_tail=configured.dense_tail)
+    # Of text alone there is nothing to treat apart.
+    patterns = [p.pattern(0, 0) if isinstance(p, ByModality) else p for p in heads]
+    plan = build_plan(patterns, q, k, geometry, scale, tiles)
+    return keep_tail(plan) if configured.dense_tail else plan
 
 
 def _why_dense(q: Tensor, geometry: Geometry, policy: str, min_tokens: int) -> str:
@@ -98,14 +150,19 @@ def dense_flop(geometry: Geometry, head_dim: int) -> float:
     return 4.0 * head_dim * pairs * g.q_heads * g.batch
 
 
-def _kernel_for(q: Tensor) -> tuple[TileShape, RunPlan, str]:
-    if q.device.type == "cpu":
+def tiles_for(device: torch.device, dtype: torch.dtype, head_dim: int) -> TileShape:
+    """Tiles of the plans that serve attention on this device; needs no tensor, so that fakes may ask as well."""
+    return _kernel_for(device, dtype, head_dim)[0]
+
+
+def _kernel_for(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[TileShape, RunPlan, str]:
+    if device.type == "cpu":
         return CPU_TILES, attention_cpu, "tile-sparse PyTorch"
     from mmi_compile.kernels.run import families, family_tiles, run_plan
 
-    known = families(q.device, q.dtype, q.shape[3])
+    known = families(device, dtype, head_dim)
     family = known[0] if known else "portable"
-    tiles = family_tiles(family, q.device, q.dtype, q.shape[3])
+    tiles = family_tiles(family, device, dtype, head_dim)
 
     def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, out: Tensor | None) -> Tensor:
         return run_plan(q, k, v, plan, scale, family=family, out=out)

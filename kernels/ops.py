@@ -4,6 +4,7 @@
 ``mmi::attention``          prefill attention, exact or sparse; the model's mask is described by arguments, not built
 ``mmi::key_bounds``         once per graph: where each batch element's live keys begin and end, on the host
 ``mmi::modality``           once per graph: which token is text, image or video
+``mmi::segments``           once per graph, where some head treats modalities apart: tokens grouped by modality
 ``mmi::tag_modality``       returns a modality mask and records it for the graphs that run later in this forward
 ``mmi::begin_prompt``       returns the prompt's ids and begins a new record
 ==========================  =======================================================================================
@@ -22,10 +23,13 @@ from torch import Tensor
 from mmi_compile import record, runtime
 from mmi_compile.decision import MMIError
 from mmi_compile.kernels import dispatch
+from mmi_compile.kernels.frames import TileShape, constant
 from mmi_compile.kernels.geometry import Geometry
-from mmi_compile.record import ANY_VISION
+from mmi_compile.kernels.layer_heads import labels_of, parse_heads, parse_names, translated
+from mmi_compile.kernels.segments import Segments, segment, segment_shapes
+from mmi_compile.record import ANY_VISION, LABELS
 
-ABI = 1
+ABI = 2
 """Version of the operators' meaning. It is an argument of every call, so that a cached graph of another version is
 never mistaken for one of this."""
 
@@ -42,6 +46,7 @@ def attention(
     key_padding: Tensor | None,
     key_bounds: Tensor | None,
     modality: Tensor | None,
+    segments: list[Tensor],
     scale: float,
     q_offset: int,
     window: int,
@@ -49,6 +54,9 @@ def attention(
     recall: float,
     max_density: float,
     min_tokens: int,
+    dense_tail: bool,
+    heads: str,
+    layer: int | None,
     layout: str,
     key: str,
     abi: int,
@@ -57,16 +65,23 @@ def attention(
 
     Row ``r`` of ``q`` stands at position ``r + q_offset`` and sees key ``j`` when ``j`` is not later, not further
     back than ``window`` (0: no window) and live. Under ``policy="exact"`` every such pair counts; under
-    ``"adaptive"`` each head keeps the cheapest pattern that reaches ``recall`` on the probe, or everything.
+    ``"adaptive"`` each head keeps the cheapest pattern that reaches ``recall`` on the probe, or everything; under
+    ``"config"`` each head keeps the pattern of ``heads``.
 
     Args:
         q: ``[B, HQ, q_len, D]``; k, v: ``[B, HKV, kv_len, D]``, HQ a multiple of HKV; any strides.
         key_padding: ``[B, keys]``, non-zero where the key is live; keys beyond ``kv_len`` are ignored.
         key_bounds: what ``mmi::key_bounds`` says of ``key_padding``.
-        modality: int8 ``[B, kv_len]``.
+        modality: int8 ``[B, keys]``; keys beyond ``kv_len`` are ignored.
+        segments: what ``mmi::segments`` says of ``modality``; empty where no head treats modalities apart (it is then
+            made here if one does after all).
         scale: factor on the scores.
         max_density: adaptive heads that would compute a larger share of the pairs stay dense.
         min_tokens: below this many keys every head stays dense; negative for the device's own number.
+        dense_tail: sparse heads keep every key for the tiles of the last 64 live rows.
+        heads: what :meth:`mmi_compile.kernels.layer_heads.LayerHeads.to_text` says of this layer; empty under other
+            policies than ``"config"``.
+        layer: number of the decoder layer, where the graph tells. Only observers read it.
         layout: memory order of the output, ``"bshd"`` or ``"bhsd"``.
         key: names this attention in reports; abi: must be this module's ``ABI``.
 
@@ -81,15 +96,77 @@ def attention(
         raise MMIError(f"this graph was rewritten for operators of version {abi}, these have {ABI}; compile it again")
     geometry = _geometry(q, k, key_padding, key_bounds, q_offset, window)
     kv_len = geometry.kv_len
-    out, run = dispatch.attention(
-        q, k[:, :, :kv_len], v[:, :, :kv_len], geometry, scale, partial(_empty, q, v, layout),
-        policy=policy, recall=recall, max_density=max_density, min_tokens=min_tokens,
-    )  # fmt: skip
+    k, v = k[:, :, :kv_len], v[:, :, :kv_len]
+    prompt = runtime.Prompt()
+    if modality is not None:
+        prompt = runtime.prompt_here(key.rpartition("/")[0], *modality.shape)
+        modality = modality[:, :kv_len]
+    found = _observed(key, layer, q, k, v, geometry, scale, modality, prompt)
+    if found is None:
+        configured = _configured(heads, dense_tail, modality, segments, geometry, prompt) if heads else None
+        found = dispatch.attention(
+            q, k, v, geometry, scale, partial(_empty, q, v, layout), policy=policy, recall=recall,
+            max_density=max_density, min_tokens=min_tokens, dense_tail=dense_tail, configured=configured,
+        )  # fmt: skip
+    out, run = found
     runtime.record_attention(key, run)
     promised = _empty(q.to("meta"), v.to("meta"), layout)
     return out if out.stride() == promised.stride() else torch.empty_strided(
         out.shape, promised.stride(), dtype=out.dtype, device=out.device
     ).copy_(out)  # fmt: skip
+
+
+def _observed(
+    key: str, layer: int | None, q: Tensor, k: Tensor, v: Tensor, geometry: Geometry, scale: float,
+    modality: Tensor | None, prompt: runtime.Prompt,
+) -> tuple[Tensor, runtime.AttentionRun] | None:  # fmt: skip
+    """What an observer of this thread gives as the output, and how it ran; None where it is to be computed."""
+    observer = runtime.attention_observer()
+    if observer is None:
+        return None
+    names = {**dict(enumerate(LABELS)), **prompt.names}
+    out = observer(runtime.AttentionCall(key, layer, q, k, v, geometry, scale, modality, names, prompt.known))
+    if out is None:
+        return None
+    if out.shape != (*q.shape[:3], v.shape[3]) or out.dtype != q.dtype or out.device != q.device:
+        wanted = f"{q.dtype} {(*q.shape[:3], v.shape[3])} on {q.device}"
+        raise MMIError(f"an observer gave {out.dtype} {tuple(out.shape)} on {out.device}; give {wanted} or None")
+    if any(out is x for x in (q, k, v)):  # an operator's result may be none of its arguments
+        out = out.clone()
+    return out, runtime.AttentionRun(geometry.q_len, geometry.kv_len, "given by an observer")
+
+
+def _configured(
+    heads: str, dense_tail: bool, modality: Tensor | None, segments: list[Tensor], geometry: Geometry,
+    prompt: runtime.Prompt,
+) -> dispatch.ConfiguredHeads:  # fmt: skip
+    """The heads of a layer, with the prompt grouped by modality where one of them needs it."""
+    layer = parse_heads(heads)
+    if not layer.bounded:
+        return dispatch.ConfiguredHeads(layer, dense_tail)
+    if modality is None or not prompt.known:
+        return dispatch.ConfiguredHeads(layer, dense_tail, notes=(_ALL_TEXT,))
+    ids, (_, note) = modality, translated(layer.modalities, prompt.names)
+
+    def grouped(tiles: TileShape) -> Segments:
+        if segments:
+            shared = Segments.of(layer.labels, segments)
+            if shared.fits(geometry, tiles):
+                return shared
+        return segment(_config_ids(ids, layer.modalities, prompt), layer.labels, geometry, tiles)
+
+    return dispatch.ConfiguredHeads(layer, dense_tail, grouped, (note,) if note else ())
+
+
+_ALL_TEXT = "the modality of this prompt is not known: every token counts as text"
+
+
+def _config_ids(ids: Tensor, modalities: tuple[tuple[int, str], ...], prompt: runtime.Prompt) -> Tensor:
+    """The ids of a prompt as the head config numbers them."""
+    table, _ = translated(modalities, prompt.names)
+    if all(number == table[number] for number in range(len(table))):
+        return ids
+    return constant(table, ids.device)[ids.long()]
 
 
 def _empty(q: Tensor, v: Tensor, layout: str) -> Tensor:
@@ -102,8 +179,8 @@ def _empty(q: Tensor, v: Tensor, layout: str) -> Tensor:
 @attention.register_fake
 def _(
     q: Tensor, k: Tensor, v: Tensor, key_padding: Tensor | None, key_bounds: Tensor | None, modality: Tensor | None,
-    scale: float, q_offset: int, window: int, policy: str, recall: float, max_density: float, min_tokens: int,
-    layout: str, key: str, abi: int,
+    segments: list[Tensor], scale: float, q_offset: int, window: int, policy: str, recall: float, max_density: float,
+    min_tokens: int, dense_tail: bool, heads: str, layer: int | None, layout: str, key: str, abi: int,
 ) -> Tensor:  # fmt: skip
     return _empty(q, v, layout)
 
@@ -111,23 +188,34 @@ def _(
 def _geometry(
     q: Tensor, k: Tensor, key_padding: Tensor | None, key_bounds: Tensor | None, q_offset: int, window: int
 ) -> Geometry:
-    """Padding that leaves every key live is no padding; padding on one side is a range; only holes need the mask."""
     kv_len = min(k.shape[2], q.shape[2] + q_offset)
-    start = stop = holes = None
-    if key_padding is not None:
-        _check_padding(key_padding, q.shape[0], kv_len)
-        if key_bounds is None:
-            key_bounds = key_bounds_of(key_padding)
-        begins, ends, broken = key_bounds.unbind(1)
-        begins, ends = begins.clamp(max=kv_len), ends.clamp(max=kv_len)
-        if bool((begins > 0).any()) or bool((ends < kv_len).any()) or bool(broken.any()):
-            start, stop = (x.to(torch.int32).to(q.device, non_blocking=True) for x in (begins, ends))
-        if bool(broken.any()):
-            holes = key_padding[:, :kv_len] != 0
+    start, stop, holes = _live(q, kv_len, key_padding, key_bounds)
     return Geometry(
         batch=q.shape[0], q_heads=q.shape[1], kv_heads=k.shape[1], q_len=q.shape[2], kv_len=kv_len,
         q_offset=q_offset, window=window, kv_start=start, kv_stop=stop, key_padding=holes,
     )  # fmt: skip
+
+
+def _live(
+    q: Tensor, kv_len: int, key_padding: Tensor | None, key_bounds: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """``kv_start``, ``kv_stop`` and ``key_padding`` of a geometry.
+
+    Padding that leaves every key live is no padding; padding on one side is a range; only holes need the mask.
+    """
+    if key_padding is None:
+        return None, None, None
+    start = stop = holes = None
+    _check_padding(key_padding, q.shape[0], kv_len)
+    if key_bounds is None:
+        key_bounds = key_bounds_of(key_padding)
+    begins, ends, broken = key_bounds.unbind(1)
+    begins, ends = begins.clamp(max=kv_len), ends.clamp(max=kv_len)
+    if bool((begins > 0).any()) or bool((ends < kv_len).any()) or bool(broken.any()):
+        start, stop = (x.to(torch.int32).to(q.device, non_blocking=True) for x in (begins, ends))
+    if bool(broken.any()):
+        holes = key_padding[:, :kv_len] != 0
+    return start, stop, holes
 
 
 def _check_padding(key_padding: Tensor, batch: int, kv_len: int) -> None:
@@ -188,11 +276,12 @@ def modality_of(
         ids, names = record.merge(masks, words)
         source = f"masks in the graph ({note})" if note else "masks in the graph"
         found = record.Reading(ids, "; ".join(filter(None, [source, by_hand])), names)
+    known = found.ids is not None
     if found.ids is None:
         found.ids = torch.zeros(batch, tokens, dtype=torch.int8, device=like.device)
     runtime.record_modality(
         graph_key,
-        runtime.ModalityRun(found.source, found.ids.clone(), found.names, found.segments, found.grid_note),
+        runtime.ModalityRun(found.source, found.ids.clone(), found.names, found.segments, found.grid_note, known),
     )
     return found.ids
 
@@ -202,6 +291,56 @@ def _(
     like: Tensor, masks: list[Tensor], labels: str, after: Tensor | None, batch: int, tokens: int, graph_key: str
 ) -> Tensor:
     return torch.empty(batch, tokens, dtype=torch.int8, device=like.device)
+
+
+@torch.library.custom_op("mmi::segments", mutates_args=(), tags=_HOST_CODE)
+def segments_of(
+    q: Tensor,
+    modality: Tensor,
+    key_padding: Tensor | None,
+    key_bounds: Tensor | None,
+    q_offset: int,
+    names: str,
+    graph_key: str,
+    abi: int,
+) -> list[Tensor]:
+    """A prompt grouped by modality (MMInference, section 3): the tensors of
+    :class:`mmi_compile.kernels.segments.Segments`, for the tiles of the kernel that serves ``q``'s device, dtype and
+    head dim. Its cost does not depend on the number of segments, and nothing waits for the device.
+
+    Args:
+        q: of the first attention that reads the result. modality: int8 ``[B, keys]``.
+        key_padding, key_bounds, q_offset: as for ``mmi::attention``.
+        names: modalities that the head config tells apart, as
+            :func:`mmi_compile.kernels.layer_heads.names_to_text` writes them.
+        graph_key: the reading graph, whose prompt says what its ids are called.
+    """
+    if abi != ABI:
+        raise MMIError(f"this graph was rewritten for operators of version {abi}, these have {ABI}; compile it again")
+    kv_len = min(modality.shape[1], q.shape[2] + q_offset)
+    start, stop, holes = _live(q, kv_len, key_padding, key_bounds)
+    geometry = Geometry(
+        batch=q.shape[0], q_heads=1, kv_heads=1, q_len=q.shape[2], kv_len=kv_len, q_offset=q_offset,
+        kv_start=start, kv_stop=stop, key_padding=holes,
+    )  # fmt: skip
+    modalities = parse_names(names)
+    ids = _config_ids(modality[:, :kv_len], modalities, runtime.prompt_here(graph_key, *modality.shape))
+    tiles = dispatch.tiles_for(q.device, q.dtype, q.shape[3])
+    return segment(ids, labels_of(modalities), geometry, tiles).tensors()
+
+
+@segments_of.register_fake
+def _(
+    q: Tensor, modality: Tensor, key_padding: Tensor | None, key_bounds: Tensor | None, q_offset: int, names: str,
+    graph_key: str, abi: int,
+) -> list[Tensor]:  # fmt: skip
+    kv_len = torch.sym_min(modality.shape[1], q.shape[2] + q_offset)
+    tiles = dispatch.tiles_for(q.device, q.dtype, int(q.shape[3]))
+    shapes = segment_shapes(q.shape[0], q.shape[2], kv_len, len(labels_of(parse_names(names))), tiles)
+    return [
+        q.new_empty(shape, dtype=torch.int32 if index < len(shapes) - 1 else torch.bool)
+        for index, shape in enumerate(shapes)
+    ]
 
 
 @torch.library.custom_op("mmi::tag_modality", mutates_args=(), tags=_HOST_CODE)

@@ -230,6 +230,21 @@ class ByModality:
         place = query if self.boundary == "q" else (query, key)
         return next((pattern for named, pattern in self.patterns if named == place), self.default)
 
+    def describe(self, names: Mapping[int, str] | None = None) -> str:
+        """For people, such as ``q(video: grid(256, 64, 1024), else: a_shape(128, 1024))``.
+
+        Args:
+            names: of modality ids; one without a name shows as its number.
+        """
+        named = names or {}
+
+        def text(place: int | tuple[int, int]) -> str:
+            ids = place if isinstance(place, tuple) else (place,)
+            return "→".join(named.get(i, str(i)) for i in ids)
+
+        parts = [f"{text(place)}: {pattern.describe()}" for place, pattern in self.patterns]
+        return f"{self.boundary}({', '.join([*parts, f'else: {self.default.describe()}'])})"
+
     def to_json(self) -> dict[str, Any]:
         """JSON values: ``boundary``, ``default``, and ``patterns``, a list of flat patterns.
 

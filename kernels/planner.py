@@ -24,10 +24,12 @@ from mmi_compile.kernels.frames import TileFrame, TileShape, constant, ramp, rem
 from mmi_compile.kernels.geometry import Geometry
 from mmi_compile.kernels.patterns import Pattern
 from mmi_compile.kernels.plan import RECORD, Plan, TileRecord
+from mmi_compile.kernels.probe import probe_rows
 from mmi_compile.kernels.rules import HeadRules, estimate_rules, sink_end, window_start
+from mmi_compile.kernels.segments import holds_tail
 
 __all__ = [
-    "HeadRules", "Lowered", "TileShape", "block_offsets", "build_plan", "dense_plan", "list_size", "lower",
+    "HeadRules", "Lowered", "TileShape", "block_offsets", "build_plan", "dense_plan", "keep_tail", "list_size", "lower",
     "lower_rules", "make_dense",
 ]  # fmt: skip
 
@@ -103,6 +105,27 @@ def make_dense(plan: Plan, which: Tensor, frame: TileFrame | None = None) -> Pla
 
 def _records_in_order(geometry: Geometry, tiles: TileShape, device: torch.device) -> Tensor:
     return _dense_records(tile_frame(geometry, tiles, device))
+
+
+def keep_tail(plan: Plan) -> Plan:
+    """The plan with every key for the tiles that hold the last live rows, as many as a probe reads.
+
+    They carry the answer and cost next to nothing. For plans of one region.
+    """
+    g, shape = plan.geometry, TileShape(plan.block_m, plan.block_n)
+    if not plan.query_tiles:
+        return plan
+    if plan.row_order is None:
+        return make_dense(plan, remembered(_tail_in_order, g, shape, plan.tiles.device))
+    return make_dense(plan, holds_tail(plan.row_order, g, plan.block_m))
+
+
+def _tail_in_order(geometry: Geometry, tiles: TileShape, device: torch.device) -> Tensor:
+    """The same for rows in order, bool ``[B, 1, QT]``."""
+    rows = probe_rows(geometry, device)
+    query_tile = ramp(-(-geometry.q_len // tiles.block_m), device)
+    first, final = rows[:, :1, None], rows[:, -1:, None]
+    return (query_tile >= first // tiles.block_m) & (query_tile <= final // tiles.block_m)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,8 @@ modalities, so nothing waits for the device.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from itertools import pairwise
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from mmi_compile.kernels.frames import TileShape, constant, ramp
 from mmi_compile.kernels.geometry import Geometry
+from mmi_compile.kernels.probe import probe_rows
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,11 @@ class Segments:
         row_order: int32 ``[B, QT * block_m]``, query rows grouped by their own modality, each group filled up to whole
             tiles; -1 in an empty slot. Rows of dead positions are grouped with the first modality.
         tile_group: int32 ``[B, QT]``, index into ``labels`` of the rows of each tile; 0 for an empty tile.
+        tail: bool ``[B, QT]``, tiles of ``row_order`` that hold one of the last live query rows of the prompt, those
+            that a probe reads.
+
+    All layers of a graph share one grouping: the operator ``mmi::segments`` makes the tensors and ``mmi::attention``
+    puts them together again. They depend on the tile shape, which device, dtype and head dim alone decide.
     """
 
     labels: tuple[int, ...]
@@ -43,6 +50,34 @@ class Segments:
     key_order: Tensor
     row_order: Tensor
     tile_group: Tensor
+    tail: Tensor
+
+    def tensors(self) -> list[Tensor]:
+        """Everything but ``labels``, in the order of the fields."""
+        return [getattr(self, name) for name in _TENSORS]
+
+    @classmethod
+    def of(cls, labels: tuple[int, ...], tensors: Sequence[Tensor]) -> Segments:
+        """What :meth:`tensors` took apart."""
+        return cls(labels, *tensors)
+
+    def fits(self, geometry: Geometry, tiles: TileShape) -> bool:
+        """Whether this is a grouping for these lengths and tiles, as far as sizes tell."""
+        wanted = segment_shapes(geometry.batch, geometry.q_len, geometry.kv_len, len(self.labels), tiles)
+        return [tuple(x.shape) for x in self.tensors()] == wanted
+
+
+_TENSORS = tuple(field.name for field in fields(Segments) if field.name != "labels")
+
+
+def segment_shapes(batch: int, q_len: int, kv_len: int, modalities: int, tiles: TileShape) -> list[tuple[int, ...]]:
+    """Shapes of :meth:`Segments.tensors`; lengths may be symbols."""
+    slots = (kv_len // tiles.block_n + modalities) * tiles.block_n
+    query_tiles = q_len // tiles.block_m + modalities
+    return [
+        (batch, kv_len), (batch, kv_len), (batch, modalities, kv_len + 1), (batch, modalities), (batch, modalities),
+        (batch, slots), (batch, query_tiles * tiles.block_m), (batch, query_tiles), (batch, query_tiles),
+    ]  # fmt: skip
 
 
 def segment(ids: Tensor, labels: tuple[int, ...], geometry: Geometry, tiles: TileShape) -> Segments:
@@ -69,13 +104,24 @@ def segment(ids: Tensor, labels: tuple[int, ...], geometry: Geometry, tiles: Til
     seen = torch.nn.functional.pad(member.cumsum(-1, dtype=torch.int32), (1, 0))
     group = kind if live is None else torch.where(live, kind, -1)
     rank = seen[..., :-1].gather(1, kind[:, None].long())[:, 0]
-    counts = seen[..., -1]
+    counts = seen[..., -1].clone()  # on its own: operators may not return two views of one tensor
     key_start = _starts(counts, tiles.block_n)
     slots = (g.kv_len // tiles.block_n + len(labels)) * tiles.block_n
     slot = torch.where(group < 0, slots, key_start.gather(1, kind.long()) + rank)
     key_order = _placed(slot, slots)
     row_order, tile_group = _rows(kind, len(labels), g, tiles)
-    return Segments(labels, group, rank, seen, counts, key_start, key_order, row_order, tile_group)
+    tail = holds_tail(row_order[:, None], g, tiles.block_m)[:, 0]
+    return Segments(labels, group, rank, seen, counts, key_start, key_order, row_order, tile_group, tail)
+
+
+def holds_tail(order: Tensor, geometry: Geometry, block_m: int) -> Tensor:
+    """Which tiles of a row order ``[B, H, QT * block_m]`` hold one of the last live rows, bool ``[B, H, QT]``."""
+    last = probe_rows(geometry, order.device)
+    if not last.shape[1]:
+        return torch.zeros(*order.shape[:2], order.shape[2] // block_m, dtype=torch.bool, device=order.device)
+    first, final = last[:, :1, None], last[:, -1:, None]
+    tail: Tensor = ((order >= first) & (order <= final)).unflatten(-1, (-1, block_m))
+    return tail.any(-1)
 
 
 def _starts(counts: Tensor, size: int) -> Tensor:
@@ -99,7 +145,7 @@ def _rows(kind: Tensor, modalities: int, geometry: Geometry, tiles: TileShape) -
     member = mine[:, None] == ramp(modalities, device)[:, None]
     before = member.cumsum(-1, dtype=torch.int32)
     rank = before.gather(1, mine[:, None].long())[:, 0] - 1
-    starts = _starts(before[..., -1], bm)
+    starts = _starts(before[..., -1] if g.q_len else before.new_zeros(before.shape[:2]), bm)
     query_tiles = g.q_len // bm + modalities
     order = _placed(starts.gather(1, mine.long()) + rank, query_tiles * bm)
     first = ramp(query_tiles, device, step=bm).expand(g.batch, -1).contiguous()

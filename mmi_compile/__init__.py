@@ -21,6 +21,7 @@ _LOCATIONS = {
     "explain": "frontend",
     "last_report": "backend",
     "modality": "record",
+    "HeadConfig": "head_config",
     "MMIError": "decision",
     "Decision": "decision",
     "Reason": "decision",
@@ -31,6 +32,7 @@ _LOCATIONS = {
 
 __all__ = [
     "Decision",
+    "HeadConfig",
     "MMIError",
     "OptionError",
     "Options",
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
     from mmi_compile.backend import last_report
     from mmi_compile.decision import Decision, MMIError, Reason
     from mmi_compile.frontend import compile, explain
+    from mmi_compile.head_config import HeadConfig
     from mmi_compile.options import OptionError, Options
     from mmi_compile.record import modality
     from mmi_compile.report import Report

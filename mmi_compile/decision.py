@@ -7,7 +7,10 @@ from enum import Enum
 
 
 class Reason(Enum):
-    """Why an attention was left as it was. The value is ``(message, mend)``; both are shown to users."""
+    """Why an attention was left as it was, or runs densely against the policy.
+
+    The value is ``(message, mend)``; both are shown to users.
+    """
 
     BIDIRECTIONAL = (
         "it attends in both directions, so it is not a language model's prefill",
@@ -40,6 +43,14 @@ class Reason(Enum):
     SHAPE = ("its shapes are not [batch, heads, tokens, head dim]", "call attention on 4-D tensors")
     DEVICE = ("its device has no kernel", "run on CUDA, ROCm or the CPU")
     TRITON_MISSING = ("Triton is not installed, and this device needs it", "pip install triton")
+    HEAD_CONFIG_MISFIT = (
+        "the head config is for another model, so all heads run dense",
+        "search a head config for this model, or give each tensor-parallel rank its slice (HeadConfig.slice)",
+    )
+    LAYER_UNKNOWN = (
+        "which layer of the head config it is could not be told, so all heads run dense",
+        "compile all decoder layers in one graph (mmi_compile.compile does), with a config that has as many",
+    )
     SKIPPED = ("a pass that it needs was skipped by the option skip_passes", "remove the pass from skip_passes")
     PASS_FAILED = ("a pass raised an exception", "please report it with the text shown; the graph ran untouched")
 
@@ -59,7 +70,8 @@ class Decision:
     Attributes:
         rewritten: the attention now runs as ``mmi::attention``.
         what: for a rewritten one, what it runs as, in words.
-        reason: for one left alone, why; None when rewritten.
+        reason: for one left alone, why; for a rewritten one that runs dense although the policy asks for more, why;
+            else None.
         detail: the fact behind the reason, naming the node, dtype or size.
     """
 
@@ -68,16 +80,20 @@ class Decision:
     reason: Reason | None = None
     detail: str = ""
 
+    @property
+    def fell_back(self) -> bool:
+        """It does not get what the options ask for."""
+        return self.reason is not None
+
     @classmethod
     def left(cls, reason: Reason, detail: str = "") -> Decision:
         return cls(rewritten=False, reason=reason, detail=detail)
 
     def __str__(self) -> str:
-        if self.rewritten:
-            return f"rewritten: {self.what}"
         if self.reason is None:
-            return "undecided"
-        return f"left alone: {self.reason.message}" + (f" ({self.detail})" if self.detail else "")
+            return f"rewritten: {self.what}" if self.rewritten else "undecided"
+        why = self.reason.message + (f" ({self.detail})" if self.detail else "")
+        return f"rewritten: {self.what}; {why}" if self.rewritten else f"left alone: {why}"
 
 
 class MMIError(RuntimeError):

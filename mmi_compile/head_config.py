@@ -24,53 +24,44 @@ from __future__ import annotations
 import collections
 import dataclasses
 import json
-import math
 import os
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NoReturn, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 from mmi_compile._suggest import did_you_mean, nearest
-from mmi_compile.decision import MMIError
+from mmi_compile.head_config_checks import (
+    HeadConfigError,
+    checked_int,
+    checked_number,
+    checked_text,
+    from_file,
+    read_json,
+    refuse,
+    spelled_number,
+    under,
+)
+from mmi_compile.kernels.layer_heads import LayerHeads
 from mmi_compile.kernels.patterns import (
-    AShape,
-    BlockTopK,
     ByModality,
     HeadPattern,
     Pattern,
-    PlacedError,
-    VerticalSlash,
     head_from_json,
     shown,
 )
+
+__all__ = [
+    "BOUNDARIES", "VERSION", "Boundary", "Fingerprint", "HeadConfig", "HeadConfigError", "HeadEntry", "Provenance",
+]  # fmt: skip
 
 VERSION = 1
 """The schema that this package writes and reads."""
 
 Boundary: TypeAlias = Literal["none", "k", "q", "2d"]
 BOUNDARIES = ("none", "k", "q", "2d")
-
-
-class HeadConfigError(MMIError):
-    """A head config, or what should become one, is refused.
-
-    Attributes:
-        place: the place in the file, such as ``layers[3].heads[7].pattern.n_slash``; empty for all of it. ``heads[7]``
-            is the eighth entry of the list, which is a later head where entries before it have a ``count``.
-        problem: what must be there, what is, and the mend.
-        source: the file, or empty.
-    """
-
-    def __init__(self, place: str, problem: str, source: str = "") -> None:
-        super().__init__(place, problem, source)
-        self.place, self.problem, self.source = place, problem, source
-
-    def __str__(self) -> str:
-        return ": ".join(part for part in (self.source, self.place, self.problem) if part)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -104,15 +95,15 @@ class Fingerprint:
 
     def __post_init__(self) -> None:
         for name in ("layers", "q_heads", "kv_heads", "head_dim", "world_size"):
-            _checked_int(getattr(self, name), name, 1)
-        _checked_int(self.rank, "rank", 0)
+            checked_int(getattr(self, name), name, 1)
+        checked_int(self.rank, "rank", 0)
         if self.hidden_size is not None:
-            _checked_int(self.hidden_size, "hidden_size", 1)
-        _checked_text(self.model_type, "model_type")
+            checked_int(self.hidden_size, "hidden_size", 1)
+        checked_text(self.model_type, "model_type")
         if self.q_heads % self.kv_heads:
-            _refuse("kv_heads", f"must divide the {self.q_heads} query heads, is {self.kv_heads}")
+            refuse("kv_heads", f"must divide the {self.q_heads} query heads, is {self.kv_heads}")
         if self.rank >= self.world_size:
-            _refuse("rank", f"must be less than world_size {self.world_size}, is {self.rank}")
+            refuse("rank", f"must be less than world_size {self.world_size}, is {self.rank}")
 
     def mismatch(self, model: Fingerprint) -> str | None:
         """Every fact in which ``model`` differs from this config, with both values; None when there is none.
@@ -126,16 +117,22 @@ class Fingerprint:
                 found.append(f"{item.name} is {shown(mine)} in the config and {shown(other)} in the model")
         return "; ".join(found) or None
 
+    def describe(self) -> str:
+        """Layers, heads and head dim in one line."""
+        part = f", slice {self.rank} of {self.world_size}" if self.world_size > 1 else ""
+        heads = f"{self.q_heads} query and {self.kv_heads} kv heads"
+        return f"{self.layers} layers of {heads}, head dim {self.head_dim}{part}"
+
     def slice(self, rank: int, world_size: int) -> Fingerprint:
         """The fingerprint of one tensor-parallel rank; see :meth:`HeadConfig.slice`."""
-        _checked_int(world_size, "world_size", 1)
-        _checked_int(rank, "rank", 0)
+        checked_int(world_size, "world_size", 1)
+        checked_int(rank, "rank", 0)
         if self.world_size != 1:
-            _refuse("world_size", f"this is slice {self.rank} of {self.world_size} already; slice the whole config")
+            refuse("world_size", f"this is slice {self.rank} of {self.world_size} already; slice the whole config")
         if self.q_heads % world_size:
-            _refuse("world_size", f"must divide the {self.q_heads} query heads, is {world_size}")
+            refuse("world_size", f"must divide the {self.q_heads} query heads, is {world_size}")
         if self.kv_heads % world_size and world_size % self.kv_heads:
-            _refuse("world_size", f"must divide the {self.kv_heads} kv heads or be a multiple, is {world_size}")
+            refuse("world_size", f"must divide the {self.kv_heads} kv heads or be a multiple, is {world_size}")
         kv_heads = max(1, self.kv_heads // world_size)
         return dataclasses.replace(
             self, q_heads=self.q_heads // world_size, kv_heads=kv_heads, rank=rank, world_size=world_size
@@ -176,17 +173,29 @@ class Provenance:
 
     def __post_init__(self) -> None:
         for name in ("source", "device", "date"):
-            _checked_text(getattr(self, name), name)
+            checked_text(getattr(self, name), name)
         for name in ("samples", "tokens"):
             if getattr(self, name) is not None:
-                _checked_int(getattr(self, name), name, 0)
-        _set(self, "budget", _checked_number(self.budget, "budget", 0))
+                checked_int(getattr(self, name), name, 0)
+        _set(self, "budget", checked_number(self.budget, "budget", 0))
         if not isinstance(self.versions, Mapping):
-            _refuse("versions", f"must be an object of versions by package name, is {shown(self.versions)}")
+            refuse("versions", f"must be an object of versions by package name, is {shown(self.versions)}")
         for name, version in self.versions.items():
             if not isinstance(name, str) or not isinstance(version, str):
-                _refuse(f"versions.{name}", f"must be a version as a string, is {shown(version)}")
+                refuse(f"versions.{name}", f"must be a version as a string, is {shown(version)}")
         _set(self, "versions", dict(sorted(self.versions.items())))
+
+    def describe(self) -> str:
+        """What is known, in one line, such as ``search · 1 sample of 32768 tokens · NVIDIA H100 · 2026-01-31``."""
+        samples = ""
+        if self.samples is not None:
+            samples = f"{self.samples} sample{'s' if self.samples != 1 else ''}"
+        tokens = f"{self.tokens} tokens" if self.tokens is not None else ""
+        budget = f"budget {self.budget:g}" if self.budget is not None else ""
+        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        sample = " of ".join(filter(None, (samples, tokens)))
+        parts = (self.source, sample, budget, self.device, versions, self.date)
+        return " · ".join(part for part in parts if part) or "unknown source"
 
     def to_json(self) -> dict[str, Any]:
         """What is known."""
@@ -224,18 +233,23 @@ class HeadEntry:
 
     def __post_init__(self) -> None:
         if not isinstance(self.pattern, Pattern | ByModality):
-            _refuse("pattern", f"must be a pattern, is {shown(self.pattern)}")
+            refuse("pattern", f"must be a pattern, is {shown(self.pattern)}")
         if not isinstance(self.boundary, str) or self.boundary not in BOUNDARIES:
             given = f"; did you mean {best!r}?" if (best := nearest(str(self.boundary), BOUNDARIES)) else ""
-            _refuse("boundary", f"must be one of {', '.join(BOUNDARIES)}, is {shown(self.boundary)}{given}")
-        if isinstance(self.pattern, ByModality) and self.boundary == "none":
-            _set(self, "boundary", self.pattern.boundary)
+            refuse("boundary", f"must be one of {', '.join(BOUNDARIES)}, is {shown(self.boundary)}{given}")
+        if isinstance(self.pattern, ByModality):
+            places = [place for place, _ in self.pattern.patterns]
+            for number, place in enumerate(places):
+                if place in places[:number]:
+                    refuse(f"pattern.patterns[{number}]", f"names {shown(place)} once more; keep one of them")
+            if self.boundary == "none":
+                _set(self, "boundary", self.pattern.boundary)
         fits = (self.pattern.boundary,) if isinstance(self.pattern, ByModality) else ("none", "k")
         if self.boundary not in fits:
-            _refuse("boundary", f'is "{self.boundary}", but that of the pattern is {" or ".join(fits)}; remove it')
-        _set(self, "score", _checked_number(self.score, "score"))
-        _set(self, "recall", _checked_number(self.recall, "recall", 0, 1))
-        _set(self, "density", _checked_number(self.density, "density", 0))
+            refuse("boundary", f'is "{self.boundary}", but that of the pattern is {" or ".join(fits)}; remove it')
+        _set(self, "score", checked_number(self.score, "score"))
+        _set(self, "recall", checked_number(self.recall, "recall", 0, 1))
+        _set(self, "density", checked_number(self.density, "density", 0))
 
     def to_json(self) -> dict[str, Any]:
         """The pattern and what is known of it; ``boundary`` only where the pattern does not tell."""
@@ -249,10 +263,10 @@ class HeadEntry:
         """What :meth:`to_json` wrote; a ``count`` beside it is for the caller."""
         options = dict(_object(data, cls._KEYS, ("pattern",)))
         options.pop("count", None)
-        with _under("pattern"):
+        with under("pattern"):
             options["pattern"] = head_from_json(options["pattern"])
         if isinstance(options["pattern"], ByModality) and options.get("boundary") == "none":
-            _refuse("boundary", f'is "none", but that of the pattern is {options["pattern"].boundary}; remove it')
+            refuse("boundary", f'is "none", but that of the pattern is {options["pattern"].boundary}; remove it')
         return cls(**options)
 
 
@@ -290,12 +304,12 @@ class HeadConfig:
         _checked_names(self.modalities)
         if len(self.layers) != self.fingerprint.layers:
             wanted = f"fingerprint.layers is {self.fingerprint.layers}"
-            _refuse("layers", f"holds {len(self.layers)} layers, but {wanted}; correct one of them")
+            refuse("layers", f"holds {len(self.layers)} layers, but {wanted}; correct one of them")
         for number, layer in enumerate(self.layers):
-            with _under(f"layers[{number}].heads"):
+            with under(f"layers[{number}].heads"):
                 _checked_count(len(layer), self.fingerprint)
                 for head, entry in enumerate(layer):
-                    with _under(f"[{head}]"):
+                    with under(f"[{head}]"):
                         _checked_modalities(entry, self.modalities)
 
     def slice(self, rank: int, world_size: int) -> HeadConfig:
@@ -312,16 +326,32 @@ class HeadConfig:
         layers = tuple(layer[start : start + fingerprint.q_heads] for layer in self.layers)
         return dataclasses.replace(self, fingerprint=fingerprint, layers=layers)
 
+    def heads_of(self, layer: int) -> LayerHeads:
+        """What the heads of a layer run, with the modalities that they tell apart."""
+        patterns = tuple(entry.pattern for entry in self.layers[layer])
+        return LayerHeads(patterns, tuple(self.modalities.items()))
+
+    @property
+    def bounded(self) -> bool:
+        """Whether some head treats modalities apart."""
+        return any(isinstance(entry.pattern, ByModality) for layer in self.layers for entry in layer)
+
+    def describe_layer(self, layer: int) -> str:
+        """The heads of a layer by boundary and pattern, the most frequent first."""
+        return _summary(self.layers[layer])
+
     def describe(self) -> str:
         """A line about the model and one for each layer: heads by boundary and pattern, the most frequent first.
 
         Where densities are known, their mean stands at the end of the line.
         """
-        of = self.fingerprint
-        part = f", slice {of.rank} of {of.world_size}" if of.world_size > 1 else ""
-        title = f"{of.layers} layers of {of.q_heads} query and {of.kv_heads} kv heads, head dim {of.head_dim}{part}"
-        width = len(str(of.layers - 1))
-        return "\n".join([title, *(f"layer {n:>{width}}  {_summary(layer)}" for n, layer in enumerate(self.layers))])
+        width = len(str(self.fingerprint.layers - 1))
+        return "\n".join(
+            [
+                self.fingerprint.describe(),
+                *(f"layer {n:>{width}}  {_summary(layer)}" for n, layer in enumerate(self.layers)),
+            ]
+        )
 
     # JSON
 
@@ -339,22 +369,22 @@ class HeadConfig:
     def from_json(cls, data: object) -> HeadConfig:
         """The config that :meth:`to_json` wrote."""
         if isinstance(data, list):
-            _refuse("", "is a list of layers, as MInference writes them; read it with HeadConfig.from_minference")
+            refuse("", "is a list of layers, as MInference writes them; read it with HeadConfig.from_minference")
         known = ("version", "fingerprint", "provenance", "modalities", "layers")
         if isinstance(data, Mapping) and "version" in data:
             _checked_version(data["version"])  # another version may well have other keys
         values = _object(data, known, ("version", "fingerprint", "layers"))
-        with _under("fingerprint"):
+        with under("fingerprint"):
             fingerprint = Fingerprint.from_json(values["fingerprint"])
-        with _under("provenance"):
+        with under("provenance"):
             provenance = Provenance.from_json(values.get("provenance", {}))
         modalities = _modalities_from_json(values.get("modalities", {}))
         layers = []
-        with _under("layers"):
+        with under("layers"):
             for number, layer in enumerate(_list(values["layers"], "layers")):
-                with _under(f"[{number}]"):
+                with under(f"[{number}]"):
                     heads = _object(layer, ("heads",), ("heads",))["heads"]
-                    with _under("heads"):
+                    with under("heads"):
                         layers.append(_heads_from_json(heads, fingerprint, modalities))
         return cls(fingerprint, tuple(layers), modalities, provenance)
 
@@ -363,102 +393,42 @@ class HeadConfig:
         """Read and check a config: the path of a file, or what is in it."""
         if isinstance(source, Mapping):
             return cls.from_json(source)
-        with _from_file(source):
-            return cls.from_json(_read(source))
+        with from_file(source):
+            return cls.from_json(read_json(source))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the file. Whoever reads it meanwhile, or after an interruption, sees all of the old one or the new."""
         target = Path(os.path.realpath(path))
         temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-        with _from_file(path):
+        with from_file(path):
             text = _layout(self.to_json())
             try:
                 with temporary.open("x", encoding="utf-8") as file:
                     file.write(text)
                 temporary.replace(target)
             except OSError as error:
-                _refuse("", f"cannot be written: {error.strerror or error}; give a folder that exists and is yours")
+                refuse("", f"cannot be written: {error.strerror or error}; give a folder that exists and is yours")
             finally:
                 temporary.unlink(missing_ok=True)
 
-    # Other formats
+    # Other formats. Their module needs this one, so it is imported when it is asked for.
 
     @classmethod
-    def from_minference(
-        cls,
-        data: str | os.PathLike[str] | Sequence[Any],
-        *,
-        kv_heads: int,
-        head_dim: int,
-        hidden_size: int | None = None,
-        model_type: str | None = None,
-    ) -> HeadConfig:
-        """MInference's best patterns: for each layer, ``{"0": [pattern, number, number, score], ...}``.
+    def from_minference(cls, data: str | os.PathLike[str] | Sequence[Any], **model: Any) -> HeadConfig:
+        """MInference's best patterns; see :func:`mmi_compile.head_config_import.from_minference`."""
+        from mmi_compile.head_config_import import from_minference
 
-        ``vertical_and_slash`` becomes ``vertical_slash`` (at least 30 columns and 50 diagonals, as its kernel takes
-        them), ``stream_llm`` becomes ``a_shape``, and ``block_sparse`` becomes ``block_topk`` of 100 blocks, a number
-        that its kernel has fixed.
-
-        What is lost: its probe always keeps 30 first columns and the 100 nearest diagonals, while ours keeps a share of
-        the counts; its blocks have 64 keys, ours as many as the kernel's tiles, so that ``block_topk`` keeps as much or
-        up to twice as much, and a window beside it; ``starting_layer`` (dense layers at the bottom) is not in the file.
-        Scores are kept as they are: in some files they are recalls, in others counts.
-
-        Args:
-            data: the list of layers, or the path of the JSON file.
-            kv_heads, head_dim, hidden_size, model_type: of the model, which the file does not say.
-
-        Raises:
-            HeadConfigError: the data has another form, a layer lacks heads, or a pattern has no fixed sizes, such as
-                ``flex_vertical_and_slash``.
-        """
-        with _from_file(data):
-            read = _read(data) if isinstance(data, str | os.PathLike) else data
-            layers = _foreign_layers(read, "", extra_columns=0)
-            heads = len(layers[0])
-            fingerprint = Fingerprint(len(layers), heads, kv_heads, head_dim, hidden_size, model_type)
-            return cls(fingerprint, layers, provenance=Provenance(source="MInference"))
+        return from_minference(data, **model)
 
     @classmethod
     def from_qwen_sparse_attention_config(
-        cls,
-        data: str | os.PathLike[str] | Mapping[str, Any] | Sequence[Any],
-        *,
-        kv_heads: int | None = None,
-        head_dim: int | None = None,
-        hidden_size: int | None = None,
-        model_type: str | None = None,
+        cls, data: str | os.PathLike[str] | Mapping[str, Any] | Sequence[Any], **model: Any
     ) -> HeadConfig:
-        """The ``sparse_attention_config`` of Qwen's one-million-token models, as vLLM's dual chunk attention reads it.
+        """Qwen's one-million-token models; see
+        :func:`mmi_compile.head_config_import.from_qwen_sparse_attention_config`."""
+        from mmi_compile.head_config_import import from_qwen_sparse_attention_config
 
-        All heads are ``vertical_and_slash``, which becomes ``vertical_slash``; where the file says 30 columns, vLLM
-        takes 130, and so does this.
-
-        What is lost: dual chunk attention itself, which changes positions and estimates lines chunk by chunk;
-        ``sparse_attention_threshold`` (dense up to 32768 tokens: set the option ``min_tokens``),
-        ``sparse_attention_last_q`` and ``sparse_attention_enabled``.
-
-        Args:
-            data: the layers (a list, or an object by layer number), a ``dual_chunk_attention_config`` or a whole
-                ``config.json`` that holds them, or the path of one of these.
-            kv_heads, head_dim, hidden_size, model_type: of the model; a whole ``config.json`` says them itself.
-
-        Raises:
-            HeadConfigError: the data has another form or other patterns, or contradicts an argument.
-        """
-        with _from_file(data):
-            read = _read(data) if isinstance(data, str | os.PathLike) else data
-            facts = _qwen_facts(read)
-            given = {"kv_heads": kv_heads, "head_dim": head_dim, "hidden_size": hidden_size, "model_type": model_type}
-            for name, value in given.items():
-                if value is not None and facts.setdefault(name, value) != value:
-                    _refuse("", f"says that {name} is {shown(facts[name])}, but the argument is {shown(value)}")
-            for name in ("kv_heads", "head_dim"):
-                if name not in facts:
-                    _refuse("", f"does not say {name}; give it as an argument")
-            layers = _foreign_layers(*_qwen_layers(read), extra_columns=100)
-            fingerprint = Fingerprint(**{"layers": len(layers), "q_heads": len(layers[0]), **facts})
-            return cls(fingerprint, layers, provenance=Provenance(source="Qwen sparse_attention_config"))
+        return from_qwen_sparse_attention_config(data, **model)
 
 
 def _summary(layer: Sequence[HeadEntry]) -> str:
@@ -481,55 +451,6 @@ def _summary(layer: Sequence[HeadEntry]) -> str:
 # Files
 
 
-@contextmanager
-def _from_file(source: object) -> Iterator[None]:
-    """Name the file in the errors of what is done with it."""
-    try:
-        yield
-    except HeadConfigError as error:
-        name = os.fspath(source) if isinstance(source, str | os.PathLike) else ""
-        raise HeadConfigError(error.place, error.problem, name) from None
-
-
-def _read(path: str | os.PathLike[str]) -> object:
-    try:
-        raw = Path(path).read_bytes()
-    except FileNotFoundError:
-        _refuse("", "there is no such file; give the path of a head config, or write one with `mmi search`")
-    except (OSError, ValueError) as error:
-        _refuse("", f"cannot be read: {getattr(error, 'strerror', None) or error}")
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        _refuse("", f"is not UTF-8 text (byte {error.start}); give a JSON file, or save it as UTF-8")
-    if not text.strip():
-        _refuse("", "is empty; write it again")
-    try:
-        return json.loads(text, object_pairs_hook=_without_twins)
-    except json.JSONDecodeError as error:
-        if _is_cut(text.rstrip(), error):
-            _refuse("", f"ends too early, in line {error.lineno}: it was cut short; copy or write it again")
-        _refuse("", f"is not JSON: {error.msg} in line {error.lineno}, column {error.colno}")
-    except (RecursionError, ValueError) as error:  # nested too deeply; an int of thousands of digits
-        _refuse("", f"is not a head config: {error}")
-
-
-def _is_cut(text: str, error: json.JSONDecodeError) -> bool:
-    """Whether the end of an object or a list is missing: in the middle of something, or after it."""
-    if not text.lstrip().startswith(("{", "[")) or error.msg == "Extra data":
-        return False
-    return error.pos >= len(text) or not text.endswith(("}", "]"))
-
-
-def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of the file; a key written twice would silently hide the first one's value."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        twin = next(key for key, n in collections.Counter(key for key, _ in pairs).items() if n > 1)
-        _refuse("", f"an object has the key {shown(twin)} twice; keep one of them")
-    return found
-
-
 def _layout(data: Mapping[str, Any]) -> str:
     """The text of the file: a line for each head."""
 
@@ -547,20 +468,6 @@ def _layout(data: Mapping[str, Any]) -> str:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Checks. Each names a place within what it was given; `_under` puts it into the whole.
-
-
-def _refuse(place: str, problem: str) -> NoReturn:
-    raise HeadConfigError(place, problem)
-
-
-@contextmanager
-def _under(place: str) -> Iterator[None]:
-    """Put the places that errors name below ``place``."""
-    try:
-        yield
-    except (HeadConfigError, PlacedError) as error:
-        dot = "." if error.place and not error.place.startswith("[") else ""
-        raise HeadConfigError(f"{place}{dot}{error.place}", error.problem) from None
 
 
 def _set(instance: object, name: str, value: object) -> None:
@@ -581,79 +488,48 @@ def _options(kind: type[Fingerprint] | type[Provenance], data: object) -> dict[s
 
 def _object(data: object, known: tuple[str, ...], needed: tuple[str, ...]) -> Mapping[str, Any]:
     if not isinstance(data, Mapping):
-        _refuse("", f"must be an object with {', '.join(needed or known)}, is {shown(data)}")
+        refuse("", f"must be an object with {', '.join(needed or known)}, is {shown(data)}")
     for key in data:
         if key not in known:
-            _refuse(str(key), f"unknown key{did_you_mean(str(key), known)}")
+            refuse(str(key), f"unknown key{did_you_mean(str(key), known)}")
     missing = [key for key in needed if key not in data]
     if missing:
-        _refuse("", f"lacks {', '.join(missing)}; add it")
+        refuse("", f"lacks {', '.join(missing)}; add it")
     return data
-
-
-def _number(text: str) -> int | None:
-    """The small number that a key of an object spells, if it is one."""
-    return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else None
 
 
 def _list(data: object, of: str) -> Sequence[Any]:
     if not isinstance(data, list | tuple):
-        _refuse("", f"must be a list of {of}, is {shown(data)}")
+        refuse("", f"must be a list of {of}, is {shown(data)}")
     return data
 
 
-def _checked_int(value: object, place: str, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        _refuse(place, f"must be an int of {least} or more, is {shown(value)}")
-    return value
-
-
-def _checked_text(value: object, place: str) -> None:
-    if value is not None and not isinstance(value, str):
-        _refuse(place, f"must be a string, is {shown(value)}")
-
-
-def _checked_number(value: object, place: str, low: float = -math.inf, high: float = math.inf) -> float | None:
-    if value is None:
-        return None
-    span = "" if low == -math.inf else f" of {low} or more" if high == math.inf else f" from {low} to {high}"
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        _refuse(place, f"must be a number{span}, is {shown(value)}")
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number) or not low <= number <= high:
-        _refuse(place, f"must be a finite number{span}, is {shown(value)}; leave it out if it is not known")
-    return number
-
-
 def _checked_version(version: object) -> None:
-    if (number := _checked_int(version, "version", 0)) != VERSION:
+    if (number := checked_int(version, "version", 0)) != VERSION:
         newer = "upgrade mmi-compile to one that reads it, or " if number > VERSION else ""
-        _refuse("version", f"is {number}, and this package reads {VERSION}; {newer}write it again with `mmi search`")
+        refuse("version", f"is {number}, and this package reads {VERSION}; {newer}write it again with `mmi search`")
 
 
 def _checked_names(modalities: Mapping[int, str]) -> None:
     for key, name in modalities.items():
         if isinstance(key, bool) or not isinstance(key, int) or key < 0 or not isinstance(name, str) or not name:
-            _refuse(f"modalities.{key}", f"must be a modality's id (0 or more) with its name, is {shown(name)}")
+            refuse(f"modalities.{key}", f"must be a modality's id (0 or more) with its name, is {shown(name)}")
 
 
 def _modalities_from_json(data: object) -> dict[int, str]:
     if not isinstance(data, Mapping):
-        _refuse("modalities", f'must be an object such as {{"0": "text", "1": "image"}}, is {shown(data)}')
+        refuse("modalities", f'must be an object such as {{"0": "text", "1": "image"}}, is {shown(data)}')
     for key, name in data.items():
-        if not isinstance(key, str) or _number(key) is None or str(_number(key)) != key:
-            _refuse(f"modalities.{key}", "must be the id of a modality, an int of 0 or more")
+        if not isinstance(key, str) or spelled_number(key) is None or str(spelled_number(key)) != key:
+            refuse(f"modalities.{key}", "must be the id of a modality, an int of 0 or more")
         if not isinstance(name, str) or not name:
-            _refuse(f"modalities.{key}", f"must be the name of a modality, is {shown(name)}")
+            refuse(f"modalities.{key}", f"must be the name of a modality, is {shown(name)}")
     return {int(key): name for key, name in data.items()}
 
 
 def _checked_count(heads: int, fingerprint: Fingerprint) -> None:
     if heads != fingerprint.q_heads:
-        _refuse("", f"holds {heads} heads, but fingerprint.q_heads is {fingerprint.q_heads}; correct one of them")
+        refuse("", f"holds {heads} heads, but fingerprint.q_heads is {fingerprint.q_heads}; correct one of them")
 
 
 def _checked_modalities(entry: HeadEntry, modalities: Mapping[int, str]) -> None:
@@ -664,7 +540,7 @@ def _checked_modalities(entry: HeadEntry, modalities: Mapping[int, str]) -> None
         ids = place if isinstance(place, tuple) else (place,)
         for name, used in zip(("query", "key"), ids, strict=False):
             if used not in modalities:
-                _refuse(
+                refuse(
                     f"pattern.patterns[{number}].{name}",
                     f"is {used}, which has no name; add it to modalities (known: {modalities or 'none'})",
                 )
@@ -681,106 +557,13 @@ def _heads_to_json(layer: Sequence[HeadEntry]) -> list[dict[str, Any]]:
 def _heads_from_json(data: object, fingerprint: Fingerprint, modalities: Mapping[int, str]) -> tuple[HeadEntry, ...]:
     entries, counts = [], []
     for number, item in enumerate(_list(data, "heads")):
-        with _under(f"[{number}]"):
+        with under(f"[{number}]"):
             entry = HeadEntry.from_json(item)
             _checked_modalities(entry, modalities)
             count = item.get("count", 1)
-            _checked_int(count, "count", 1)
+            checked_int(count, "count", 1)
         entries.append(entry)
         counts.append(count)
     # Before entries are repeated: a count may be anything.
     _checked_count(sum(counts), fingerprint)
     return tuple(entry for entry, count in zip(entries, counts, strict=True) for _ in range(count))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Other formats
-
-_NO_SIZES = ("flex_vertical_and_slash",)
-_FOREIGN = ("vertical_and_slash", "stream_llm", "block_sparse")
-
-
-def _foreign_layers(data: object, place: str, extra_columns: int) -> tuple[tuple[HeadEntry, ...], ...]:
-    layers: list[tuple[HeadEntry, ...]] = []
-    for where, layer in _in_order(data, place, "layers"):
-        heads = []
-        for at, head in _in_order(layer, where, "heads"):
-            with _under(at):
-                heads.append(_foreign_entry(head, extra_columns))
-        if layers and len(heads) != len(layers[0]):
-            _refuse(where, f"holds {len(heads)} heads, but the layers before hold {len(layers[0])}")
-        layers.append(tuple(heads))
-    return tuple(layers)
-
-
-def _in_order(data: object, place: str, what: str) -> list[tuple[str, Any]]:
-    """Places and items of a list, or of an object whose keys are the numbers 0 … n - 1."""
-    if isinstance(data, list | tuple) and data:
-        return [(f"{place}[{number}]", item) for number, item in enumerate(data)]
-    if not isinstance(data, Mapping) or not data:
-        _refuse(place, f"must be {what} as a list or by number, is {shown(data)}")
-    found: dict[int, tuple[str, Any]] = {}
-    for key, item in data.items():
-        number = _number(str(key))
-        if number is None:
-            _refuse(place, f"must be {what} by number, has the key {shown(key)}")
-        found[number] = (f"{place}[{number}]", item)
-    missing = next((number for number in range(len(data)) if number not in found), None)
-    if missing is not None:
-        _refuse(place, f"holds {len(data)} {what} without number {missing}; numbers must run from 0 without gaps")
-    return [found[number] for number in range(len(data))]
-
-
-def _foreign_entry(data: object, extra_columns: int) -> HeadEntry:
-    """``[pattern, number, number, score]``; ``extra_columns`` are added where there are just 30, as vLLM does."""
-    if not isinstance(data, list | tuple) or len(data) != 4:
-        _refuse("", f"must be [pattern, number, number, score], is {shown(data)}")
-    name, first, second, score = data
-    if name in _NO_SIZES:
-        mend = 'use policy="adaptive" with that recall'
-        _refuse("[0]", f'"{name}" has no sizes: it is estimated for each prompt to reach a recall; {mend}')
-    if not isinstance(name, str) or name not in _FOREIGN or (extra_columns and name != "vertical_and_slash"):
-        known = _FOREIGN[:1] if extra_columns else _FOREIGN
-        _refuse("[0]", f"unknown pattern {shown(name)}{did_you_mean(str(name), known)}")
-    for place, value in (("[1]", first), ("[2]", second)):
-        if name != "block_sparse":  # its numbers are not used
-            _checked_int(value, place, 0)
-    return HeadEntry(_foreign_pattern(name, first, second, extra_columns), score=_checked_number(score, "[3]"))
-
-
-def _foreign_pattern(name: str, first: int, second: int, extra_columns: int) -> Pattern:
-    if name == "stream_llm":
-        return AShape(first, max(1, second))
-    if name == "block_sparse":
-        return BlockTopK(k=100)
-    columns = first + extra_columns if first == 30 else max(first, 30)
-    return VerticalSlash(columns, max(second, 50))
-
-
-def _qwen_layers(data: object) -> tuple[object, str]:
-    """The layers, and where in the data they are."""
-    place: list[str] = []
-    for key in ("dual_chunk_attention_config", "sparse_attention_config"):
-        if isinstance(data, Mapping) and key in data:
-            data, place = data[key], [*place, key]
-    if isinstance(data, Mapping) and data and all(_number(str(key)) is None for key in data):
-        mend = "give sparse_attention_config.json, which lies beside config.json"
-        _refuse(".".join(place), f"holds no sparse_attention_config; {mend}")
-    return data, ".".join(place)
-
-
-def _qwen_facts(data: object) -> dict[str, Any]:
-    """What a whole ``config.json`` says of the model."""
-    if not isinstance(data, Mapping) or "num_attention_heads" not in data:
-        return {}
-    names = {
-        "layers": "num_hidden_layers", "q_heads": "num_attention_heads", "kv_heads": "num_key_value_heads",
-        "head_dim": "head_dim", "hidden_size": "hidden_size", "model_type": "model_type",
-    }  # fmt: skip
-    facts = {name: data[key] for name, key in names.items() if data.get(key) is not None}
-    for name, value in facts.items():
-        (_checked_text(value, names[name]) if name == "model_type" else _checked_int(value, names[name], 1))
-    facts.setdefault("kv_heads", facts["q_heads"])
-    if "hidden_size" in facts:
-        facts.setdefault("head_dim", facts["hidden_size"] // facts["q_heads"])
-    return facts

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mmi_compile._suggest import did_you_mean, nearest
+from mmi_compile.head_config import HeadConfig, HeadConfigError
 
 __all__ = ["NON_OPTIONS", "OptionError", "OptionWarning", "Options", "options_table"]
 
@@ -56,12 +57,10 @@ def _quoted(words: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"
 
 
-def _choice(*words: str, reserved: Mapping[str, str] | None = None) -> _Kind:
+def _choice(*words: str) -> _Kind:
     def check(value: Any) -> str:
         if isinstance(value, str) and value in words:
             return value
-        if isinstance(value, str) and reserved and value in reserved:
-            raise ValueError(f": {reserved[value]}")
         best = nearest(value, words) if isinstance(value, str) else None
         raise ValueError(f'; did you mean "{best}"?' if best else "")
 
@@ -160,6 +159,21 @@ def _names() -> _Kind:
     return _Kind("tuple of str", accepts, check, parse)
 
 
+def _head_config() -> _Kind:
+    def check(value: Any) -> HeadConfig | None:
+        if value is None or isinstance(value, HeadConfig):
+            return value
+        if not isinstance(value, (str, os.PathLike, Mapping)) or value in ("", {}):
+            raise ValueError
+        try:
+            return HeadConfig.load(value)
+        except HeadConfigError as error:
+            raise ValueError(f": {error}") from None
+
+    accepts = "the path of a head config, what is in it, a HeadConfig or None (in the environment a path)"
+    return _Kind("path | dict | HeadConfig | None", accepts, check, str)
+
+
 def _about(kind: _Kind, meaning: str, *, shapes_code: bool = True) -> dict[str, Any]:
     return {"kind": kind, "meaning": meaning, "shapes_code": shapes_code}
 
@@ -178,9 +192,14 @@ class Options:
     policy: str = field(
         default="adaptive",
         metadata=_about(
-            _choice("adaptive", "exact", reserved={"config": "head configs are not supported yet"}),
-            "`adaptive` chooses a sparse pattern per head at run time; `exact` keeps the model's mathematics.",
+            _choice("adaptive", "config", "exact"),
+            "`adaptive` chooses a sparse pattern per head at run time; `config` runs the patterns of `head_config`; "
+            "`exact` keeps the model's mathematics.",
         ),
+    )
+    head_config: HeadConfig | None = field(
+        default=None,
+        metadata=_about(_head_config(), 'Pattern of every head, for `policy="config"`; read and checked at once.'),
     )
     recall: float = field(
         default=0.95,
@@ -205,6 +224,14 @@ class Options:
             "A head whose plan computes more than this share of the dense pairs is computed densely.",
         ),
     )
+    dense_tail: bool = field(
+        default=True,
+        metadata=_about(
+            _flag(),
+            "The last 64 rows of a prompt keep every key in every head, under `adaptive` and `config`: they carry the "
+            "answer and cost next to nothing.",
+        ),
+    )
     inner: str | Callable[..., Any] = field(
         default="inductor",
         metadata=_about(_inner(), "Backend that compiles the rewritten graph."),
@@ -213,7 +240,8 @@ class Options:
         default=False,
         metadata=_about(
             _flag(),
-            "Raise where a pass failed or a causal attention is left alone, instead of running it untouched.",
+            "Raise where a pass failed, a causal attention is left alone or a head config does not fit, instead of "
+            "running without.",
             shapes_code=False,
         ),
     )
@@ -238,8 +266,14 @@ class Options:
                 normal = _kind(item).check(value)
             except ValueError as error:
                 accepts = _kind(item).accepts
-                raise OptionError(f'option "{item.name}" must be {accepts}, got {value!r}{error}') from None
+                raise OptionError(f'option "{item.name}" must be {accepts}, got {_brief(value)}{error}') from None
             object.__setattr__(self, item.name, normal)
+        if self.policy == "config" and self.head_config is None:
+            raise OptionError('policy "config" needs the option "head_config"; give the path of a head config')
+        if self.policy != "config" and self.head_config is not None:
+            raise OptionError(
+                f'option "head_config" is for policy "config", and the policy is "{self.policy}"; change one of them'
+            )
 
     @classmethod
     def from_mapping(
@@ -286,6 +320,7 @@ class Options:
 
     def digest(self) -> str:
         """Sixteen hex digits, equal for options that compile the same code (``strict`` and ``dump`` are left out).
+        Of a head config its content counts, wherever it came from.
 
         A backend function is known by its qualified name only: two closures of one function share a digest.
         """
@@ -319,6 +354,11 @@ def _row(item: Field[Any]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def _brief(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
 def _kind(item: Field[Any]) -> _Kind:
     kind: _Kind = item.metadata["kind"]
     return kind
@@ -327,6 +367,8 @@ def _kind(item: Field[Any]) -> _Kind:
 def _plain(value: object) -> object:
     if isinstance(value, Path):
         return str(value)
+    if isinstance(value, HeadConfig):
+        return value.to_json()
     if callable(value):
         return f"{getattr(value, '__module__', '?')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
     return repr(value)

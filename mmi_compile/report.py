@@ -144,6 +144,12 @@ class GraphReport:
         }  # fmt: skip
 
 
+def _reason(site: SiteReport) -> str:
+    """Why it does not get what the options ask for; empty where it does."""
+    decision = site.decision
+    return decision.reason.name.lower() if decision is not None and decision.reason is not None else ""
+
+
 def _readable(gm: fx.GraphModule) -> str:
     return str(gm.print_readable(print_output=False, include_stride=False, colored=False))
 
@@ -165,15 +171,14 @@ class Report:
     def summary(self) -> str:
         """One line: what was rewritten, and what was left alone for which reasons."""
         sites, done = self.sites, self.rewritten
-        left = Counter(
-            site.decision.reason.name.lower()
-            for site in sites
-            if site.decision is not None and site.decision.reason is not None
-        )
+        left = Counter(_reason(site) for site in sites if _reason(site) and site not in done)
+        dense = Counter(_reason(site) for site in done if _reason(site))
         graphs = f"{len(self.graphs)} graph{'s' if len(self.graphs) != 1 else ''}"
         text = f"{len(done)} of {len(sites)} attentions rewritten in {graphs}"
         if left:
             text += " · left alone: " + ", ".join(f"{count} {name}" for name, count in left.most_common())
+        if dense:
+            text += " · dense: " + ", ".join(f"{count} {name}" for name, count in dense.most_common())
         return text
 
     def code(self, *, before: bool = False) -> str:
@@ -186,7 +191,7 @@ class Report:
             "schema": SCHEMA_VERSION,
             "version": __version__,
             "summary": self.summary(),
-            "options": self.graphs[0].options.to_json() if self.graphs else {},
+            "options": _options_to_json(self.graphs[0].options) if self.graphs else {},
             "graphs": [graph.to_json() for graph in self.graphs],
         }
 
@@ -199,19 +204,33 @@ class Report:
         return render(self)
 
 
+def _options_to_json(options: Options) -> dict[str, Any]:
+    """The options; of a head config, which may have thousands of heads, what it is for and where it comes from."""
+    plain = options.to_json()
+    config = options.head_config
+    if config is not None:
+        plain["head_config"] = {
+            "fingerprint": config.fingerprint.to_json(),
+            "provenance": config.provenance.to_json(),
+            "modalities": {str(key): name for key, name in config.modalities.items()},
+        }
+    return plain
+
+
 # --- what ran ----------------------------------------------------------------------------------------------------
 
 
 def run_to_json(key: str) -> dict[str, Any] | None:
     """The last run of an attention, copied from the device; None when it has not run.
 
-    ``patterns[b][h]`` describes what the adaptive policy chose for head ``h`` of batch element ``b``.
+    ``patterns[b][h]`` describes what head ``h`` of batch element ``b`` ran: what the adaptive policy chose, or what the
+    head config says. ``notes`` are what one should know of the run.
     """
     run = runtime.attention_run(key)
     if run is None:
         return None
     density = run.density
-    heads = run.choice.describe() if run.choice is not None else []
+    heads = run.choice.describe() if run.choice is not None else _configured(run)
     per_head = [float(density)] if isinstance(density, (int, float)) else _floats(density)
     return {
         "q_len": run.q_len,
@@ -221,7 +240,18 @@ def run_to_json(key: str) -> dict[str, Any] | None:
         "density": sum(per_head) / max(1, len(per_head)),
         "density_per_head": per_head,
         "patterns": heads,
+        "notes": list(run.notes),
     }
+
+
+def _configured(run: runtime.AttentionRun) -> list[list[str]]:
+    """The heads of a head config with their densities, for each batch element."""
+    if not run.heads or isinstance(run.density, (int, float)):
+        return []
+    return [
+        [f"{head}: density {density:.3f}" for head, density in zip(run.heads, row, strict=True)]
+        for row in run.density.tolist()
+    ]
 
 
 def _floats(tensor: Tensor) -> list[float]:

@@ -8,6 +8,7 @@ from itertools import groupby
 from typing import Any
 
 from mmi_compile import __version__
+from mmi_compile.record import LABELS
 from mmi_compile.report import GraphReport, Report, SiteReport, modality_to_json, run_to_json
 
 WIDTH = 110
@@ -19,6 +20,9 @@ def render(report: Report) -> str:
     """Summary line first, then one block per graph that holds attention."""
     policy = report.graphs[0].options.policy if report.graphs else "-"
     lines = [f"mmi_compile {__version__} · policy {policy} · {report.summary()}"]
+    config = report.graphs[0].options.head_config if report.graphs else None
+    if config is not None:
+        lines.append(f"head config for {config.fingerprint.describe()}; from {config.provenance.describe()}")
     for graph in report.graphs:
         if graph.sites or graph.failure:
             lines += ["", *_graph(graph)]
@@ -64,7 +68,23 @@ def _prompt(graph: GraphReport) -> list[str]:
     if len(modality["tokens"]) > 1:
         lines += _wrap("", _abbreviated([f"{name}×{length}" for name, length in modality["runs"][0]]))
         lines += _grids(modality["grids"], modality["grid_note"])
-    return lines
+    return lines + _not_in_config(graph, list(modality["tokens"]))
+
+
+def _not_in_config(graph: GraphReport, names: list[str]) -> list[str]:
+    """Kinds of tokens of the prompt that a head config with boundaries does not know."""
+    config = graph.options.head_config
+    if config is None or not config.bounded:
+        return []
+    own = config.modalities
+
+    def is_known(name: str) -> bool:
+        by_number = name in LABELS and own.get(LABELS.index(name), name) not in LABELS
+        return name in own.values() or by_number or name not in LABELS
+
+    unknown = [name for name in names if name != "text" and not is_known(name)]
+    text = f"the head config does not know {' and '.join(unknown)}: these tokens count as text"
+    return _wrap("note", text) if unknown else []
 
 
 def _grids(grids: list[dict[str, Any]], note: str) -> list[str]:
@@ -133,6 +153,7 @@ def _run(run: dict[str, Any] | None) -> list[str]:
     if run is None:
         return []
     lines = _wrap("last run", f"{run['q_len']} × {run['kv_len']} tokens · {run['path']} · density {run['density']:.1%}")
+    lines += [line for note in run["notes"] for line in _wrap("note", note)]
     if run["patterns"]:
         batch = f"  (batch element 0 of {len(run['patterns'])})" if len(run["patterns"]) > 1 else ""
         lines += _heads(run["patterns"][0], batch)

@@ -6,12 +6,18 @@ Only small device tensors are kept (one number per head); they are copied to the
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
 from mmi_compile.visual_segments import VisualSegment
+
+if TYPE_CHECKING:
+    from mmi_compile.kernels.geometry import Geometry
 
 
 @dataclass
@@ -24,6 +30,8 @@ class AttentionRun:
         choice: the adaptive policy's choice per head (device tensors), or None.
         density: pairs computed ÷ pairs of full causal attention, per ``[B, HQ]`` (device tensor), or a number.
         calls: how often this attention has run.
+        heads: under a head config, what each query head ran, in words; else empty.
+        notes: what the reader of a report should know of this run, in words.
     """
 
     q_len: int
@@ -32,6 +40,8 @@ class AttentionRun:
     choice: Any = None
     density: Tensor | float = 1.0
     calls: int = 1
+    heads: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass
@@ -44,6 +54,7 @@ class ModalityRun:
         labels: id → name, where it is not the standard one.
         segments: its images and videos with their strides, where their grids are known (host data).
         grid_note: what is not known about them, in words.
+        known: whether anything told the modality; if not, ``ids`` call every token text.
     """
 
     source: str
@@ -51,6 +62,63 @@ class ModalityRun:
     labels: dict[int, str] = field(default_factory=dict)
     segments: tuple[VisualSegment, ...] = ()
     grid_note: str = ""
+    known: bool = True
+
+
+class AttentionCall(NamedTuple):
+    """One prefill attention that is about to be computed.
+
+    Attributes:
+        key: names the attention, as in reports. layer: its decoder layer; None where the graph does not tell.
+        q: ``[B, HQ, q_len, D]``; k, v: ``[B, HKV, kv_len, D]``, views of the model's own tensors.
+        geometry: what the model's mask allows. scale: factor on the scores.
+        modality: int8 ``[B, kv_len]``, or None where the graph has none.
+        names: name of each modality id that the prompt's record names, standard ids included.
+        known: whether anything told the modality; if not, every token counts as text.
+    """
+
+    key: str
+    layer: int | None
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    geometry: Geometry
+    scale: float
+    modality: Tensor | None
+    names: Mapping[int, str]
+    known: bool
+
+
+AttentionObserver = Callable[[AttentionCall], "Tensor | None"]
+"""Gets every call before it is computed; what it returns, ``[B, HQ, q_len, D]`` in q's dtype, is the output instead."""
+
+
+class _Here(threading.local):
+    def __init__(self) -> None:
+        self.prompts: OrderedDict[tuple[str, int, int], Prompt] = OrderedDict()
+        self.observers: list[AttentionObserver] = []
+
+
+_PROMPTS_KEPT = 64
+_here = _Here()
+
+
+@contextmanager
+def observing_attention(callback: AttentionObserver) -> Iterator[None]:
+    """Show ``callback`` every prefill attention that compiled graphs run in this thread, until the block ends.
+
+    Of nested observers only the innermost is asked. Its exceptions pass through to whoever runs the model.
+    """
+    _here.observers.append(callback)
+    try:
+        yield
+    finally:
+        _here.observers.pop()
+
+
+def attention_observer() -> AttentionObserver | None:
+    """Who observes the attentions of this thread."""
+    return _here.observers[-1] if _here.observers else None
 
 
 _lock = threading.Lock()
@@ -71,6 +139,25 @@ def record_modality(graph_key: str, run: ModalityRun) -> None:
     """Note the prompt that the graph called ``graph_key`` ran on."""
     with _lock:
         _modality[graph_key] = run
+    here, batch, tokens = _here.prompts, run.ids.shape[0], run.ids.shape[1]
+    here[graph_key, batch, tokens] = Prompt(run.known, run.labels)
+    here.move_to_end((graph_key, batch, tokens))
+    while len(here) > _PROMPTS_KEPT:
+        here.popitem(last=False)
+
+
+class Prompt(NamedTuple):
+    """What the host knows of the modalities of a prompt: whether they are known at all, and id → name where it is not
+    the standard one."""
+
+    known: bool = True
+    names: Mapping[int, str] = {}
+
+
+def prompt_here(graph_key: str, batch: int, tokens: int) -> Prompt:
+    """The prompt of this shape that the graph called ``graph_key`` is running on in this thread; where the graph had
+    its modality from elsewhere than ``mmi::modality``, it counts as known."""
+    return _here.prompts.get((graph_key, batch, tokens), Prompt())
 
 
 def attention_run(key: str) -> AttentionRun | None:
@@ -88,3 +175,4 @@ def forget() -> None:
     with _lock:
         _attention.clear()
         _modality.clear()
+    _here.prompts.clear()

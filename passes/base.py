@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from torch import fx
 
 from mmi_compile.decision import Decision, Reason
+from mmi_compile.kernels.layer_heads import LayerHeads
 from mmi_compile.passes.mask_fact import MaskFact
 
 if TYPE_CHECKING:
@@ -21,6 +22,10 @@ class AttentionSite:
 
     ``q`` is ``[B, HQ, q_len, D]``, ``k`` and ``v`` ``[B, HKV, kv_len, D]`` after ``repeat_kv`` has been folded.
     ``node`` is the node whose value is the attention's output ``[B, HQ, q_len, D]``.
+
+    ``layer`` is a label for reports; ``index`` is the number of the decoder layer where the graph tells without doubt.
+    ``policy`` is what runs: that of the options, or ``exact`` with the ``fallback`` that says why. ``heads`` are those
+    of a head config.
     """
 
     node: fx.Node
@@ -39,6 +44,10 @@ class AttentionSite:
     mask_fact: MaskFact | None = None
     phase: str = ""
     pattern: str = ""
+    policy: str = ""
+    heads: LayerHeads | None = None
+    index: int | None = None
+    fallback: tuple[Reason, str] | None = None
     key: str = ""
     decision: Decision | None = None
 

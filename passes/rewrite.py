@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from mmi_compile.decision import Decision
+from mmi_compile.decision import Decision, Reason
+from mmi_compile.kernels.layer_heads import names_to_text
 from mmi_compile.kernels.ops import ABI
 from mmi_compile.options import Options
 from mmi_compile.passes.base import AttentionSite, PassContext
@@ -25,7 +26,7 @@ class Rewrite:
     ::
 
         scaled_dot_product_attention(q, k, v, attn_mask=mask[B, 1, S, S])
-        → mmi.attention(q, k, v, key_padding[B, S], key_bounds[B, 3], modality[B, S], scale, offset, window, …)
+        → mmi.attention(q, k, v, key_padding[B, S], key_bounds[B, 3], modality[B, S], segments, scale, offset, …)
     """
 
     name: str = "rewrite"
@@ -51,12 +52,19 @@ def _rewrite(site: AttentionSite, context: PassContext, shared: dict[Any, fx.Nod
         bounds = _once(shared, ("bounds", padding), node, torch.ops.mmi.key_bounds.default, padding)
     offset = _offset(site, shared)
     modality = _modality(site, context, shared)
+    if not site.policy:  # the pass that assigns it was skipped
+        site.policy = "exact" if options.policy == "config" else options.policy
+        site.fallback = (Reason.SKIPPED, "assign_patterns") if options.policy == "config" else None
+    segments = _segments(site, context, shared, (padding, bounds, offset), modality)
     new = insert_call(
-        node, torch.ops.mmi.attention.default, site.q, site.k, site.v, padding, bounds, modality,
-        _scale(site), offset, 0 if fact.window is None else int(fact.window), options.policy,
-        float(options.recall), float(options.max_density), _min_tokens(options), _layout(node), site.key, ABI,
+        node, torch.ops.mmi.attention.default, site.q, site.k, site.v, padding, bounds, modality, segments,
+        _scale(site), offset, 0 if fact.window is None else int(fact.window), site.policy,
+        float(options.recall), float(options.max_density), _min_tokens(options), options.dense_tail,
+        "" if site.heads is None else site.heads.to_text(), site.index, _layout(node), site.key, ABI,
     )  # fmt: skip
-    site.decision = Decision(rewritten=True, what=f"mmi::attention, {site.pattern}, {fact}")
+    reason, detail = site.fallback or (None, "")
+    what = f"mmi::attention, {site.pattern}, {fact}"
+    site.decision = Decision(rewritten=True, what=what, reason=reason, detail=detail)
     node.replace_all_uses_with(new)
     site.node = new
 
@@ -115,6 +123,25 @@ def _modality(site: AttentionSite, context: PassContext, shared: dict[Any, fx.No
             begun[0] if begun else None, batch, kv_len, context.graph_key,
         )  # fmt: skip
     return shared[key]
+
+
+def _segments(
+    site: AttentionSite, context: PassContext, shared: dict[Any, fx.Node], masked: tuple[Any, Any, Any],
+    modality: fx.Node,
+) -> fx.Node | list[fx.Node]:  # fmt: skip
+    """The prompt grouped by modality, for all layers of the graph whose heads need it; no tensors for the others."""
+    if site.heads is None or not site.heads.bounded:
+        return []
+    q = tensor_of(site.q)
+    assert q is not None
+    padding, bounds, offset = masked
+    modalities = site.heads.modalities
+    # Tiles, and with them the sizes of the tensors, follow from device, dtype and head dim.
+    key = ("segments", padding, offset, modality, str(q.shape[2]), q.dtype, q.device, int(q.shape[3]), modalities)
+    return _once(
+        shared, key, site.node, torch.ops.mmi.segments.default, site.q, modality, padding, bounds, offset,
+        names_to_text(modalities), context.graph_key, ABI,
+    )  # fmt: skip
 
 
 def _scale(site: AttentionSite) -> Any:

@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 
+from mmi_compile.head_config import Fingerprint, HeadConfig, HeadEntry
+from mmi_compile.kernels.patterns import AShape, ByModality, Dense, VerticalSlash
+
 ROOT = Path(__file__).resolve().parent.parent
 
 WORKER = """
@@ -24,7 +27,8 @@ model, inputs = models.plain_causal(
     mask="padding", shape=models.Shape(layers=1), tokens=150, batch=2, padding="right"
 )
 ids = torch.arange(300).view(2, 150) // 20 % 3
-fast = torch.compile(model, backend="mminference", options={"min_tokens": 0, "recall": 0.6})
+options = json.loads(sys.argv[2])
+fast = torch.compile(model, backend="mminference", options={"min_tokens": 0, **options})
 with torch.no_grad(), mmi_compile.modality(ids):
     torch.save(fast(**inputs), sys.argv[1])
 report = mmi_compile.last_report()
@@ -38,7 +42,7 @@ print(json.dumps({
 """
 
 
-def run(folder: Path, name: str) -> dict[str, Any]:
+def run(folder: Path, name: str, **options: Any) -> dict[str, Any]:
     environment = {
         **os.environ,
         "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
@@ -47,7 +51,7 @@ def run(folder: Path, name: str) -> dict[str, Any]:
         "PYTHONPATH": str(ROOT),
     }
     done = subprocess.run(
-        [sys.executable, "-c", WORKER, str(folder / name)],
+        [sys.executable, "-c", WORKER, str(folder / name), json.dumps(options or {"recall": 0.6})],
         capture_output=True, text=True, timeout=300, env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -72,3 +76,25 @@ def test_a_second_process_hits_the_caches_and_says_the_same(tmp_path):
     (attention,) = [site for graph in first["graphs"] for site in graph["attentions"]]
     assert attention["run"]["path"] == "tile-sparse PyTorch"
     assert "given by hand" in first["text"]
+
+
+def test_head_configs_have_compiled_code_of_their_own(tmp_path):
+    """Equal content hits whatever its file is called; other content under the same name does not."""
+    for name, local in (("a", 8), ("b", 8), ("changed", 24)):
+        by_rows = ByModality("q", AShape(4, local), ((1, VerticalSlash(10, 4)),))
+        entries = (HeadEntry(AShape(4, local)), HeadEntry(by_rows), HeadEntry(by_rows), HeadEntry(Dense()))
+        config = HeadConfig(Fingerprint(1, 4, 2, 16), (entries,), {0: "text", 1: "image", 2: "video"})
+        config.save(tmp_path / f"{name}.json")
+    first = run(tmp_path, "first", policy="config", head_config=str(tmp_path / "a.json"))
+    second = run(tmp_path, "second", policy="config", head_config=str(tmp_path / "b.json"))
+    (tmp_path / "changed.json").replace(tmp_path / "a.json")
+    third = run(tmp_path, "third", policy="config", head_config=str(tmp_path / "a.json"))
+    assert first["autograd"]["autograd_cache_miss"] == second["autograd"]["autograd_cache_hit"] >= 1
+    assert "autograd_cache_miss" not in second["autograd"]
+    assert third["autograd"]["autograd_cache_miss"] >= 1
+    assert second["graphs"] == first["graphs"]
+    assert third["graphs"][-1]["key"] != first["graphs"][-1]["key"]
+    outputs = [torch.load(tmp_path / name) for name in ("first", "second", "third")]
+    assert torch.equal(outputs[0], outputs[1])
+    assert "a_shape(4, 24)" in third["text"]
+    assert "a_shape(4, 24)" not in first["text"]

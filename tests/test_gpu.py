@@ -116,8 +116,8 @@ def run_op(
 ) -> torch.Tensor:  # fmt: skip
     bounds = None if padding is None else ops.key_bounds_of(padding)
     return torch.ops.mmi.attention(
-        q, k, v, padding, bounds, None, q.shape[3] ** -0.5, offset, window, policy, 0.95, 0.5, min_tokens, "bshd",
-        "gpu-test", ops.ABI,
+        q, k, v, padding, bounds, None, [], q.shape[3] ** -0.5, offset, window, policy, 0.95, 0.5, min_tokens, True, "",
+        None, "bshd", "gpu-test", ops.ABI,
     )  # fmt: skip
 
 

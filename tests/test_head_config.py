@@ -469,6 +469,33 @@ MINFERENCE: list[dict[str, list[Any]]] = [
 ]
 
 
+def test_provenance_is_one_line() -> None:
+    assert Provenance().describe() == "unknown source"
+    known = Provenance("search", 2, 32768, 0.25, "NVIDIA H100", {"torch": "2.11", "mmi-compile": "0.1.0"}, "2026-01-31")
+    assert known.describe() == (
+        "search · 2 samples of 32768 tokens · budget 0.25 · NVIDIA H100 · mmi-compile 0.1.0, torch 2.11 · 2026-01-31"
+    )
+    assert Provenance("MInference").describe() == "MInference"
+
+
+def test_a_region_is_named_once() -> None:
+    twice = ByModality("q", Dense(), ((1, Dense()), (0, Dense()), (1, AShape(1, 1))))
+    with pytest.raises(HeadConfigError, match=r"pattern\.patterns\[2\]: names 1 once more; keep one of them"):
+        HeadEntry(twice)
+
+
+def test_heads_of_a_layer() -> None:
+    by_rows = ByModality("q", Dense(), ((1, AShape(4, 8)),))
+    layers = ((HeadEntry(Dense()), HeadEntry(Dense())), (HeadEntry(Dense()), HeadEntry(by_rows)))
+    config = HeadConfig(Fingerprint(2, 2, 1, 8), layers, {1: "image", 0: "text"})
+    assert config.bounded
+    assert [config.heads_of(layer).bounded for layer in range(2)] == [False, True]
+    assert config.heads_of(1).patterns == (Dense(), by_rows)
+    assert config.heads_of(1).labels == (0, 1)
+    assert config.heads_of(1).describe() == ("dense", "q(image: a_shape(4, 8), else: dense)")
+    assert config.describe().endswith(f"layer 1  {config.describe_layer(1)}")
+
+
 def test_minference(tmp_path: Path) -> None:
     config = HeadConfig.from_minference(MINFERENCE, kv_heads=1, head_dim=96, model_type="phi3")
     assert config.fingerprint == Fingerprint(2, 3, 1, 96, model_type="phi3")

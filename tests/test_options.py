@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 from mmi_compile import options as module
 from mmi_compile._suggest import did_you_mean, nearest
+from mmi_compile.head_config import Fingerprint, HeadConfig, HeadEntry
+from mmi_compile.kernels.patterns import AShape, VerticalSlash
 from mmi_compile.options import NON_OPTIONS, OptionError, Options, OptionWarning, env_name, options_table
 
 NAMES = [item.name for item in dataclasses.fields(Options)]
@@ -37,6 +39,53 @@ def test_defaults_need_nothing_from_outside():
     assert options.strict is False
 
 
+# --- head configs -------------------------------------------------------------------------------------------------
+
+HEADS = HeadConfig(Fingerprint(2, 2, 1, 8), ((HeadEntry(AShape(4, 8)), HeadEntry(VerticalSlash(9, 3))),) * 2)
+
+
+@pytest.mark.parametrize("how", ["path", "text", "mapping", "object", "environment"])
+def test_a_head_config_is_read_at_once(how, tmp_path):
+    path = tmp_path / "heads.json"
+    HEADS.save(path)
+    given_value = {"path": path, "text": str(path), "mapping": HEADS.to_json(), "object": HEADS}.get(how)
+    mapping = {"policy": "config"} if given_value is None else {"policy": "config", "head_config": given_value}
+    options = Options.from_mapping(mapping, environ={"MMI_HEAD_CONFIG": str(path)})
+    path.unlink()
+    assert options.head_config == HEADS
+    assert options == Options(policy="config", head_config=HEADS)
+    assert options.digest() == Options(policy="config", head_config=HEADS).digest()
+    assert Options.from_mapping(options.to_json(), environ={}) == options
+
+
+def test_the_digest_is_that_of_the_content(tmp_path):
+    path, digests = tmp_path / "heads.json", set()
+    for sink in (4, 5):
+        entries = ((HeadEntry(AShape(sink, 8)), HeadEntry(VerticalSlash(9, 3))),) * 2
+        dataclasses.replace(HEADS, layers=entries).save(path)
+        digests.add(Options(policy="config", head_config=path).digest())
+    assert len(digests) == 2
+
+
+def test_a_wrong_file_is_named_with_the_place(tmp_path):
+    path = tmp_path / "heads.json"
+    wrong = HEADS.to_json()
+    wrong["layers"][1]["heads"][0]["pattern"]["local"] = 0
+    path.write_text(json.dumps(wrong))
+    with pytest.raises(OptionError) as caught:
+        Options(policy="config", head_config=path)
+    assert str(caught.value).startswith('option "head_config" must be the path of a head config')
+    assert f": {path}: layers[1].heads[0].pattern.local: is 0; give 1 or more" in str(caught.value)
+
+
+def test_policy_and_head_config_go_together():
+    with pytest.raises(OptionError, match='policy "config" needs the option "head_config"'):
+        Options(policy="config")
+    for policy in ("adaptive", "exact"):
+        with pytest.raises(OptionError, match=f'is for policy "config", and the policy is "{policy}"; change one'):
+            Options(policy=policy, head_config=HEADS)
+
+
 def test_is_frozen_and_hashable():
     options = Options(inductor={"max_autotune": True})
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -53,6 +102,8 @@ def test_is_frozen_and_hashable():
         ("recall", 1e-9, 1e-9),
         ("min_tokens", 0, 0),
         ("max_density", 1.0, 1.0),
+        ("dense_tail", False, False),
+        ("head_config", None, None),
         ("inner", "aot_eager", "aot_eager"),
         ("inner", a_backend, a_backend),
         ("strict", True, True),
@@ -69,9 +120,16 @@ def test_accepted_values(name, value, stored):
 
 
 REFUSED = [
-    ("policy", "config", "head configs are not supported yet"),
     ("policy", "exakt", 'did you mean "exact"?'),
-    ("policy", None, '"adaptive" or "exact"'),
+    ("policy", None, '"adaptive", "config" or "exact"'),
+    ("head_config", "", "the path of a head config, what is in it, a HeadConfig or None"),
+    ("head_config", 3, "got 3"),
+    ("head_config", {}, "got {}"),
+    ("head_config", ["a", "b"], "the path of a head config"),
+    ("head_config", "no/such.json", "no/such.json: there is no such file"),
+    ("head_config", {"version": 1}, "lacks fingerprint, layers; add it"),
+    ("head_config", {"version": 1, "x" * 500: 1}, "..."),
+    ("dense_tail", 1, "True or False"),
     ("recall", 0, "in (0, 1]"),
     ("recall", 1.01, "in (0, 1]"),
     ("recall", float("nan"), "in (0, 1]"),
@@ -166,7 +224,9 @@ def test_environment_is_parsed_by_type(name, text, stored):
 @pytest.mark.parametrize(
     ("name", "text", "accepts"),
     [
-        ("policy", "config", "head configs are not supported yet"),
+        ("policy", "confg", 'did you mean "config"?'),
+        ("head_config", "no/such.json", "no/such.json: there is no such file"),
+        ("dense_tail", "maybe", "yes/no"),
         ("recall", "high", "a number in (0, 1]"),
         ("recall", "2", "a number in (0, 1]"),
         ("recall", "nan", "a number in (0, 1]"),
@@ -255,6 +315,7 @@ values = st.fixed_dictionaries(
         "max_density": st.floats(min_value=0, max_value=1, exclude_min=True),
         "inner": st.sampled_from(["inductor", "aot_eager", "eager"]),
         "strict": st.booleans(),
+        "dense_tail": st.booleans(),
         "skip_passes": st.lists(st.from_regex(r"[a-z_]{1,8}", fullmatch=True), max_size=3),
         "inductor": st.none() | st.dictionaries(st.text(max_size=4), st.booleans() | st.integers(), max_size=3),
     },

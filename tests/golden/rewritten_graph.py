@@ -34,7 +34,7 @@ class GraphModule(torch.nn.Module):
         v: "f32[2, 2, 9, 8]" = permute[2];  permute = None
         key_bounds_default: "i32[2, 3]" = torch.ops.mmi.key_bounds.default(l_live_)
         modality_default: "i8[2, 9]" = torch.ops.mmi.modality.default(q, [image], 'image@7', begin_prompt_default, 2, 9, 'KEY');  image = begin_prompt_default = None
-        attention_default: "f32[2, 2, 9, 8]" = torch.ops.mmi.attention.default(q, k, v, l_live_, key_bounds_default, modality_default, 0.3535533905932738, 0, 0, 'exact', 0.95, 0.5, -1, 'bshd', 'KEY/1', 1);  q = k = v = None
+        attention_default: "f32[2, 2, 9, 8]" = torch.ops.mmi.attention.default(q, k, v, l_live_, key_bounds_default, modality_default, [], 0.3535533905932738, 0, 0, 'exact', 0.95, 0.5, -1, True, '', 0, 'bshd', 'KEY/1', 2);  q = k = v = None
         transpose: "f32[2, 9, 2, 8]" = attention_default.transpose(1, 2);  attention_default = None
         flatten: "f32[2, 9, 16]" = transpose.flatten(2);  transpose = None
         x_2: "f32[2, 9, 16]" = x_1 + flatten;  x_1 = flatten = None
@@ -44,7 +44,7 @@ class GraphModule(torch.nn.Module):
         q_1: "f32[2, 2, 9, 8]" = permute_1[0]
         k_1: "f32[2, 2, 9, 8]" = permute_1[1]
         v_1: "f32[2, 2, 9, 8]" = permute_1[2];  permute_1 = None
-        attention_default_1: "f32[2, 2, 9, 8]" = torch.ops.mmi.attention.default(q_1, k_1, v_1, l_live_, key_bounds_default, modality_default, 0.3535533905932738, 0, 0, 'exact', 0.95, 0.5, -1, 'bshd', 'KEY/2', 1);  q_1 = k_1 = v_1 = l_live_ = key_bounds_default = modality_default = None
+        attention_default_1: "f32[2, 2, 9, 8]" = torch.ops.mmi.attention.default(q_1, k_1, v_1, l_live_, key_bounds_default, modality_default, [], 0.3535533905932738, 0, 0, 'exact', 0.95, 0.5, -1, True, '', 1, 'bshd', 'KEY/2', 2);  q_1 = k_1 = v_1 = l_live_ = key_bounds_default = modality_default = None
         transpose_1: "f32[2, 9, 2, 8]" = attention_default_1.transpose(1, 2);  attention_default_1 = None
         flatten_1: "f32[2, 9, 16]" = transpose_1.flatten(2);  transpose_1 = None
         x_3: "f32[2, 9, 16]" = x_2 + flatten_1;  x_2 = flatten_1 = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from mmi_compile import runtime
@@ -10,7 +11,9 @@ from mmi_compile.kernels.dispatch import CPU_DENSE_BELOW, dense_flop
 from mmi_compile.kernels.geometry import Geometry
 
 
-def run(tokens: int, *, policy: str = "adaptive", min_tokens: int = 0, max_density: float = 0.5):
+def run(
+    tokens: int, *, policy: str = "adaptive", min_tokens: int = 0, max_density: float = 0.5, dense_tail: bool = True
+):  # fmt: skip
     random = torch.Generator().manual_seed(0)
     q = torch.randn(1, 4, tokens, 16, generator=random)
     k, v = (torch.randn(1, 2, tokens, 16, generator=random) for _ in range(2))
@@ -21,7 +24,7 @@ def run(tokens: int, *, policy: str = "adaptive", min_tokens: int = 0, max_densi
     geometry = Geometry(batch=1, q_heads=4, kv_heads=2, q_len=tokens, kv_len=tokens)
     return dispatch.attention(
         q, k, v, geometry, 0.25, lambda: torch.full_like(q, torch.nan), policy=policy, recall=0.9,
-        max_density=max_density, min_tokens=min_tokens,
+        max_density=max_density, min_tokens=min_tokens, dense_tail=dense_tail,
     )  # fmt: skip
 
 
@@ -74,3 +77,13 @@ def test_work_of_dense_attention_is_that_of_its_pairs():
     assert dense_flop(whole, 16) == 4 * 16 * int(whole.to_mask().sum()) * 4
     chunk = Geometry(batch=1, q_heads=1, kv_heads=1, q_len=3, kv_len=10, q_offset=7)
     assert dense_flop(chunk, 1) == 4 * int(chunk.to_mask().sum())
+
+
+def test_the_last_rows_of_adaptive_heads_may_be_sparse():
+    (_, kept), (_, dropped) = (run(2000, max_density=1.0, dense_tail=tail) for tail in (True, False))
+    assert (dropped.density < kept.density).all()
+
+
+def test_a_config_needs_heads():
+    with pytest.raises(ValueError, match="needs the heads of the layer"):
+        run(300, policy="config")

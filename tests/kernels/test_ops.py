@@ -58,8 +58,9 @@ def run(
 ) -> Tensor:  # fmt: skip
     scale = 1 / math.sqrt(q.shape[3])
     return mmi.attention(
-        q, k, v, padding, bounds, None, scale, offset, window, policy, recall, max_density, min_tokens, layout, key, abi
-    )
+        q, k, v, padding, bounds, None, [], scale, offset, window, policy, recall, max_density, min_tokens, True, "",
+        None, layout, key, abi,
+    )  # fmt: skip
 
 
 def expected(
@@ -96,8 +97,11 @@ def test_opcheck_attention(padding, given_bounds, offset, window, policy, layout
     modality = torch.zeros(2, 21 + offset, dtype=torch.int8)
     torch.library.opcheck(
         mmi.attention.default,
-        (q, k, v, live, bounds, modality, 0.25, offset, window, policy, 0.95, 0.5, 0, layout, "test_ops", ABI),
-    )
+        (
+            q, k, v, live, bounds, modality, [], 0.25, offset, window, policy, 0.95, 0.5, 0, True, "", None, layout,
+            "test_ops", ABI,
+        ),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("masks", [0, 2])
@@ -134,7 +138,7 @@ def test_fake_has_the_shape_dtype_and_strides_of_the_real_result(layout, padding
 
 
 def test_operators_are_kept_out_of_cuda_graphs():
-    for name in ("attention", "key_bounds", "modality", "tag_modality", "begin_prompt"):
+    for name in ("attention", "key_bounds", "modality", "segments", "tag_modality", "begin_prompt"):
         assert torch.Tag.cudagraph_unsafe in getattr(mmi, name).default.tags
 
 

@@ -75,7 +75,7 @@ def test_thousands_of_segments_cost_no_more_launches() -> None:
     segment(few, (0, 1), g, tiles)
     with NoHostWaits():
         counts = [launches(lambda ids=ids: segment(ids, (0, 1), g, tiles)) for ids in (few, many)]  # type: ignore[misc]
-    assert counts[0] == counts[1] <= 50
+    assert counts[0] == counts[1] <= 55
     check(segment(many, (0, 1), g, tiles), many, g, tiles)
 
 

@@ -21,8 +21,8 @@ from tests import harness
 OPS = torch.ops.mmi
 N = 15
 ARGUMENTS = (
-    "q", "k", "v", "key_padding", "key_bounds", "modality", "scale", "q_offset", "window", "policy", "recall",
-    "max_density", "min_tokens", "layout", "key", "abi",
+    "q", "k", "v", "key_padding", "key_bounds", "modality", "segments", "scale", "q_offset", "window", "policy",
+    "recall", "max_density", "min_tokens", "dense_tail", "heads", "layer", "layout", "key", "abi",
 )  # fmt: skip
 
 
@@ -118,7 +118,7 @@ def test_layers_share_what_is_equal_for_all():
     gm, report = rewritten(layers, heads(), heads(), torch.ones(2, N, dtype=torch.bool))
     assert len(calls(gm, OPS.attention.default)) == 3
     assert len(calls(gm, OPS.key_bounds.default)) == len(calls(gm, OPS.modality.default)) == 1
-    assert len({node.args[14] for node in calls(gm, OPS.attention.default)}) == 3
+    assert len({node.args[ARGUMENTS.index("key")] for node in calls(gm, OPS.attention.default)}) == 3
     assert len({site.key for site in report.sites}) == 3
     assert harness.count_ops(gm, F.scaled_dot_product_attention) == 0
 
