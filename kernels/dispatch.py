@@ -18,6 +18,7 @@ from mmi_compile.kernels.patterns import ByModality
 from mmi_compile.kernels.plan import Plan
 from mmi_compile.kernels.planner import TileShape, build_plan, dense_plan, keep_tail
 from mmi_compile.kernels.segments import Segments
+from mmi_compile.profiling import span
 from mmi_compile.runtime import AttentionRun
 
 CPU_DENSE_BELOW = 4096
@@ -94,14 +95,17 @@ def attention(
     if policy == "config":
         if configured is None:
             raise ValueError('policy "config" needs the heads of the layer')
-        plan = configured_plan(q, k, geometry, scale, tiles, configured)
+        with span("mmi::plan"):
+            plan = configured_plan(q, k, geometry, scale, tiles, configured)
         run.heads, run.density, run.notes = configured.heads.describe(), plan.density(), configured.notes
     else:
-        plan, choice = adaptive_plan(
-            q, k, geometry, scale, tiles, recall=recall, max_density=max_density, dense_tail=dense_tail
-        )
+        with span("mmi::plan"):
+            plan, choice = adaptive_plan(
+                q, k, geometry, scale, tiles, recall=recall, max_density=max_density, dense_tail=dense_tail
+            )
         run.choice, run.density = choice, choice.density
-    return kernel(q, k, v, plan, scale, new_output()), run
+    with span("mmi::kernel"):
+        return kernel(q, k, v, plan, scale, new_output()), run
 
 
 def configured_plan(

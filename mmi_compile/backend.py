@@ -15,6 +15,7 @@ from torch._dynamo.exc import RestartAnalysis, SkipFrame
 from mmi_compile.decision import MMIError, Reason
 from mmi_compile.options import Options
 from mmi_compile.report import GraphReport, Report, remember
+from mmi_compile.telemetry import announce
 
 CompiledFn = Callable[..., Any]
 
@@ -38,7 +39,7 @@ def mminference(
         MMIError: under ``strict=True``, where a pass failed or a causal attention could not be rewritten as asked.
     """
     chosen = options if isinstance(options, Options) else Options.from_mapping(options)
-    return compile_graph(gm, example_inputs, chosen, mode, remember)
+    return compile_graph(gm, example_inputs, chosen, mode, _tell)
 
 
 def compile_graph(
@@ -70,6 +71,11 @@ def compile_graph(
         report.seconds["inner backend"] = time.perf_counter() - started
         if counts:
             observe(report)
+
+
+def _tell(report: GraphReport) -> None:
+    remember(report)
+    announce(report)
 
 
 def rewrite_graph(

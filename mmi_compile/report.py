@@ -198,6 +198,12 @@ class Report:
     def dumps(self) -> str:
         return json.dumps(self.to_json(), indent=2, default=str)
 
+    def html(self) -> str:
+        """Everything as one HTML page that needs no network."""
+        from mmi_compile.report_html import render_html
+
+        return render_html(self)
+
     def __str__(self) -> str:
         from mmi_compile.report_text import render
 

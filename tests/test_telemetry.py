@@ -1,0 +1,79 @@
+"""Logs, counters, structured traces and profiles tell what was done."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from mmi_compile import telemetry
+from mmi_compile.report import GraphReport
+from tests import models
+
+pytestmark = pytest.mark.fresh_dynamo
+
+
+def run(layers: int = 2, **options: object) -> None:
+    model, inputs = models.build("qwen2", shape=models.Shape(layers=layers))
+    with torch.no_grad():
+        torch.compile(model, backend="mminference", options={"inner": "eager", "min_tokens": 0, **options})(**inputs)
+
+
+def test_counters_count_what_was_rewritten() -> None:
+    counters["mmi"].clear()
+    run()
+    assert counters["mmi"]["attentions"] == counters["mmi"]["rewritten"] == 2
+    assert counters["mmi"]["graphs"] >= 1
+
+
+def test_counters_name_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
+    counters["mmi"].clear()
+    run(skip_passes=("rewrite",))
+    assert counters["mmi"]["left: skipped"] == 2
+    assert counters["mmi"]["rewritten"] == 0
+
+
+def test_logs_hold_a_line_for_each_graph_and_attention(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG, logger="mmi_compile"):
+        run()
+    lines = [record.getMessage() for record in caplog.records if record.name == "mmi_compile"]
+    assert any("2 of 2 attentions rewritten" in line for line in lines)
+    assert sum("mmi::attention" in line for line in lines) == 2
+
+
+def test_torch_logs_and_traces(tmp_path: Path) -> None:
+    """In a process of its own, as users set the variables."""
+    code = "from tests.test_telemetry import run; run()"
+    environ = {**os.environ, "TORCH_LOGS": "+mmi_compile", "TORCH_TRACE": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True)
+    assert "2 of 2 attentions rewritten" in done.stderr
+    text = "".join(path.read_text() for path in tmp_path.iterdir())
+    assert '"name": "mmi_report"' in text
+    assert '"name": "mmi_rewritten_graph"' in text
+
+
+def test_telling_never_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def bad(graph: GraphReport) -> None:
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(telemetry, "_trace", bad)
+    run()
+
+
+def test_profiles_show_plan_and_kernel() -> None:
+    model, inputs = models.build("qwen2", tokens=130, shape=models.Shape(layers=1))
+    compiled = torch.compile(model, backend="mminference", options={"inner": "eager", "min_tokens": 0})
+    with torch.no_grad():
+        compiled(**inputs)
+        with torch.profiler.profile() as profile:
+            compiled(**inputs)
+    names = {event.key for event in profile.key_averages()}
+    assert {"mmi::plan", "mmi::kernel"} <= names
+    assert json.dumps(sorted(names))
