@@ -12,24 +12,21 @@ Neither Q nor the output is ever permuted: kernels gather the rows of a tile and
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmi_compile.kernels.frames import TileFrame, TileShape, constant, ramp
+from mmi_compile.kernels.frames import TileFrame, TileShape, constant
 from mmi_compile.kernels.geometry import Geometry
-from mmi_compile.kernels.patterns import AShape, ByModality, Dense, HeadPattern, Pattern, TriShape
+from mmi_compile.kernels.modality_probe import ALL_KEYS, Asked, RegionMasses, run_modality_probe
+from mmi_compile.kernels.patterns import AShape, ByModality, Dense, Grid, HeadPattern, Pattern, TriShape, VerticalSlash
 from mmi_compile.kernels.plan import RECORD, Plan, TileRecord
 from mmi_compile.kernels.planner import build_plan, keep_tail, lower, ordered_frame
-from mmi_compile.kernels.probe import LAST_Q, head_chunks, row_scores
 from mmi_compile.kernels.rules import HeadRules, Probing, estimate_rules
 from mmi_compile.kernels.segments import Segments
-
-CHUNK_BYTES = 128 << 20
-"""Scores held at a time by the probe of a modality. One head at least is always processed whole."""
 
 _BLOCK_FIELDS = ("window_start", "window_left", "window_full", "window_stop", "sink_start", "sink_stop", "list_base")
 
@@ -103,18 +100,43 @@ def estimate_parts(
     # Ranks and counts of keys take the place of positions.
     compact = Geometry(g.batch, g.q_heads, g.kv_heads, g.kv_len, g.kv_len)
     places = [_compact(frame, segments, key, tiles) for key in range(len(labels))]
-    parts = []
+    chosen: dict[tuple[int, int], dict[int, Pattern]] = {}
     for query, label in enumerate(labels):
-        own = places[query].high
         if by_rows:
-            chosen = {h: p.pattern(label) for h, p in by_rows.items()}
-            probing = _probing(q, k, g, scale, segments, query, None)
-            parts.append(_part(query, None, chosen, probing, frame, g, own, (q, k, scale, tiles)))
+            chosen[query, ALL_KEYS] = {h: p.pattern(label) for h, p in by_rows.items()}
         for key, other in enumerate(labels if regions else ()):
-            chosen = {h: p.pattern(label, other) for h, p in regions.items()}
-            probing = _probing(q, k, g, scale, segments, query, key)
-            parts.append(_part(query, key, chosen, probing, places[key], compact, own, (q, k, scale, tiles)))
+            chosen[query, key] = {h: p.pattern(label, other) for h, p in regions.items()}
+    probings = _probings(chosen, q, k, g, scale, segments)
+    parts = []
+    for (query, key), patterns in chosen.items():
+        where = (frame, g) if key == ALL_KEYS else (places[key], compact)
+        place = None if key == ALL_KEYS else key
+        own = places[query].high
+        parts.append(_part(query, place, patterns, probings[query, key], *where, own, (q, k, scale, tiles)))
     return parts
+
+
+def _probings(
+    chosen: dict[tuple[int, int], dict[int, Pattern]], q: Tensor, k: Tensor, geometry: Geometry, scale: float,
+    segments: Segments,
+) -> dict[tuple[int, int], Probing]:  # fmt: skip
+    """Where each part's masses come from: one probe for all of them, of the heads whose patterns ask the probe."""
+    asked = [
+        Asked(query, key, head, isinstance(pattern, VerticalSlash))
+        for (query, key), patterns in chosen.items()
+        for head, pattern in patterns.items()
+        if isinstance(pattern, VerticalSlash | Grid)
+    ]
+    probe = run_modality_probe(q, k, geometry, scale, segments, asked) if asked else None
+
+    def of(query: int, key: int) -> Probing:
+        def probing(heads: tuple[int, ...], diagonals: bool) -> RegionMasses:
+            assert probe is not None, "a pattern that asks the probe was not announced to it"
+            return probe.masses(query, key, heads, diagonals)
+
+        return probing
+
+    return {place: of(*place) for place in chosen}
 
 
 def _part(
@@ -241,104 +263,3 @@ class _Pool:
         self.slots.append(slots)
         self.columns.append(order.gather(-1, slots.clamp(max=order.shape[-1] - 1).long()).clamp(min=0))
         return record + (start // plan.block_n)[:, None, None, None] * moves
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The probe of one modality
-
-
-@dataclass(frozen=True)
-class RegionMasses:
-    """Probability mass by key and by distance, float ``[B, H, X]`` each, in the coordinates of a part."""
-
-    columns: Tensor
-    distances: Tensor
-
-
-def _probing(
-    q: Tensor, k: Tensor, geometry: Geometry, scale: float, segments: Segments, query: int, key: int | None
-) -> Probing:
-    """Attention of the last live rows of one modality to all keys, or, of that mass, what falls on one modality."""
-
-    def probing(heads: tuple[int, ...], diagonals: bool) -> RegionMasses:
-        position, live = last_rows(segments, geometry, query)
-        names = _keys_in_order(segments, geometry, key)
-        keys, mine = _keys_by_distance(segments, geometry, position, key, names) if diagonals else (None, None)
-        columns, distances = [], []
-        for weights in _weights(q, k, geometry, scale, heads, position, live):
-            mass = weights.sum(2)
-            columns.append(mass if names is None else mass.gather(-1, _alike(names[0], mass)) * names[1][:, None])
-            if keys is not None and mine is not None:
-                moved = weights.gather(-1, keys[:, None].expand(-1, weights.shape[1], -1, -1))
-                distances.append((moved * mine[:, None]).sum(2))
-        return RegionMasses(torch.cat(columns, 1), torch.cat(distances, 1) if distances else columns[0][..., :0])
-
-    return probing
-
-
-def _alike(x: Tensor, like: Tensor) -> Tensor:
-    return x[:, None].expand_as(like)
-
-
-def last_rows(segments: Segments, geometry: Geometry, query: int, count: int = LAST_Q) -> tuple[Tensor, Tensor]:
-    """Positions of the last live tokens of a modality that are query rows, int64 ``[B, L]``, and which are real."""
-    g, device = geometry, segments.group.device
-    length = min(count, g.q_len)
-    rank = segments.counts[:, query, None] - length + ramp(length, device)
-    slot = segments.key_start[:, query, None] + rank
-    position = segments.key_order.gather(1, slot.clamp(0, segments.key_order.shape[1] - 1).long())
-    live = (rank >= 0) & (position >= g.q_offset)
-    return torch.where(live, position, g.q_offset).long(), live
-
-
-def _weights(
-    q: Tensor, k: Tensor, geometry: Geometry, scale: float, heads: tuple[int, ...], position: Tensor, live: Tensor
-) -> Iterator[Tensor]:
-    """Attention probabilities of the rows at ``position``, float ``[B, heads, L, kv_len]``, some heads at a time."""
-    g = geometry
-    work = torch.float64 if q.dtype == torch.float64 else torch.float32
-    rows = (position - g.q_offset)[:, None, :, None]
-    j = ramp(g.kv_len, q.device)
-    visible = (j <= position[..., None]) & live[..., None]
-    if g.window:
-        visible = visible & (position[..., None] - j < g.window)
-    alive = g.live_keys(q.device)
-    if alive is not None:
-        visible = visible & alive[:, None]
-    hidden = ~visible[:, None]
-    step = max(1, CHUNK_BYTES // max(1, visible.numel() * work.itemsize))
-    for begin, end, kv_head in head_chunks(list(heads), g.group, step):
-        mine = torch.stack([q[:, h] for h in heads[begin:end]], 1)
-        asked = mine.gather(2, rows.expand(-1, end - begin, -1, q.shape[-1]))
-        scores = torch.stack([row_scores(asked[b], k[b, kv_head], work, scale) for b in range(g.batch)])
-        scores = scores.masked_fill(hidden, torch.finfo(work).min)
-        yield torch.softmax(scores, -1).masked_fill(hidden, 0.0)
-
-
-def _keys_in_order(segments: Segments, geometry: Geometry, key: int | None) -> tuple[Tensor, Tensor] | None:
-    """Position of each rank of a modality, int64 ``[B, kv_len]``, and which ranks exist; None for all keys."""
-    if key is None:
-        return None
-    rank = ramp(geometry.kv_len, segments.group.device)
-    slot = segments.key_start[:, key, None] + rank
-    position = segments.key_order.gather(1, slot.clamp(max=segments.key_order.shape[1] - 1).long())
-    exists = rank < segments.counts[:, key, None]
-    return torch.where(exists, position, 0).long(), exists
-
-
-def _keys_by_distance(
-    segments: Segments, geometry: Geometry, position: Tensor, key: int | None, names: tuple[Tensor, Tensor] | None
-) -> tuple[Tensor, Tensor]:
-    """The key at each distance from each row, int64 ``[B, L, distances]``, and whether there is one.
-
-    Args:
-        names: what ``_keys_in_order`` says.
-    """
-    g = geometry
-    if key is None or names is None:
-        at = position[..., None] - ramp(g.q_len + g.q_offset, position.device)
-        return at.clamp(0, g.kv_len - 1), (at >= 0) & (at < g.kv_len)
-    seen = segments.seen[:, key].gather(1, (position + 1).clamp(max=g.kv_len))
-    rank = seen[..., None].long() - 1 - ramp(g.kv_len, position.device)
-    found = names[0].gather(1, rank.clamp(min=0).flatten(1)).view_as(rank)
-    return found, rank >= 0

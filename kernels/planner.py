@@ -100,6 +100,9 @@ def make_dense(plan: Plan, which: Tensor, frame: TileFrame | None = None) -> Pla
         records = remembered(_records_in_order, g, shape, plan.tiles.device)
     else:
         records = _dense_records(ordered_frame(plan.row_order, g, shape))
+    if plan.regions > 1:
+        # One region of keys in order holds everything, so that the others visit nothing.
+        records = torch.nn.functional.pad(records, (0, 0, 0, plan.regions - 1))
     return dataclasses.replace(plan, tiles=torch.where(which[..., None, None], records, plan.tiles))
 
 

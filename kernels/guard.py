@@ -1,0 +1,193 @@
+"""The guard: how far from exact attention a plan is, on rows that nobody chose it by.
+
+Plans are made from a probe of the last rows. A head whose pattern changes in mid-prompt looks well there and loses its
+attention elsewhere. The guard takes rows from the whole prompt, computes their exact attention, and says what share of
+it lies on the plan's pairs (``recall``) and how far the output is off (``error``). ``enforce`` turns heads that fall
+short into dense ones before the kernel runs.
+
+Cost: exact attention of ``R`` rows, a share ``2 R / N`` of dense causal attention, at the speed of plain PyTorch.
+Nothing waits for the device, and memory is bounded: a few rows of a few heads at a time.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mmi_compile.kernels.frames import constant, first_live_key
+from mmi_compile.kernels.geometry import Geometry
+from mmi_compile.kernels.plan import Plan
+from mmi_compile.kernels.plan_rows import PlanRows, visible_keys
+from mmi_compile.kernels.planner import make_dense
+from mmi_compile.kernels.probe import LAST_Q, head_chunks, last_live_position, row_scores
+
+GUARD_ROWS = 64
+"""Rows that are looked at unless told otherwise."""
+
+CHUNK_BYTES = 64 << 20
+"""Scores held at a time; a few tensors of that size live at once. One row of one head at least is processed whole."""
+
+_FINE = 1 << 20
+
+
+@dataclass(frozen=True)
+class GuardReading:
+    """What the guard saw, for every batch element and query head. Tensors on the device of the inputs.
+
+    Attributes:
+        error: float ``[B, HQ]``, norm of ``out - exact`` over the rows, divided by the norm of ``exact``.
+        recall: float ``[B, HQ]``, share of the exact probability of the rows that lies on the plan's pairs; 1 where no
+            row sees a key. Inputs that are NaN make both NaN.
+        rows: int64 ``[B, R]``, the query rows.
+    """
+
+    error: Tensor
+    recall: Tensor
+    rows: Tensor
+
+
+def guard_rows(geometry: Geometry, count: int = GUARD_ROWS, seed: int = 0, *, device: torch.device) -> Tensor:
+    """Query rows to look at, int64 ``[B, R]``, ascending, ``R`` the smaller of ``count`` and ``q_len``.
+
+    The live rows without the last ``LAST_Q``, which the probe has seen (all live rows where there are not twice as
+    many), are cut into ``R`` stretches of equal length, and one row is drawn from each. The same arguments give the
+    same rows. Where fewer rows are live than asked for, some come twice.
+
+    Raises:
+        ValueError: ``count`` below 1.
+    """
+    if count < 1:
+        raise ValueError(f"count is {count}; give 1 or more rows for the guard to look at")
+    g, number = geometry, min(count, geometry.q_len)
+    draw = random.Random(seed)
+    places = constant(tuple(n * _FINE + draw.randrange(_FINE) for n in range(number)), device, torch.int64)
+    first = (first_live_key(g, device) - g.q_offset).clamp(0, max(0, g.q_len - 1))[:, None]
+    stop = (last_live_position(g, device) - g.q_offset)[:, None].clamp(max=g.q_len)
+    length = (stop - first).clamp(min=1)
+    length = torch.where(length >= 2 * LAST_Q, length - LAST_Q, length)
+    return first + places * length // (max(1, number) * _FINE)
+
+
+def measure(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, plan: Plan, geometry: Geometry, scale: float, rows: Tensor
+) -> GuardReading:
+    """Compare some rows of ``out``, which a kernel computed on ``plan``, with exact attention.
+
+    Args:
+        q: floating ``[B, HQ, q_len, D]``; k, v: ``[B, HKV, kv_len, D]``; out: ``[B, HQ, q_len, D]``.
+        geometry: that of the plan. scale: factor on the scores.
+        rows: int64 ``[B, R]``, for example of ``guard_rows``.
+
+    Exact means float32 products and sums (float64 for float64 inputs) under the model's own mask.
+
+    Raises:
+        ValueError: shapes that do not fit together, or a plan of another geometry.
+    """
+    _check(q, k, plan, geometry, rows)
+    if v.shape[:3] != k.shape[:3] or out.shape[:3] != q.shape[:3]:
+        raise ValueError(f"v {tuple(v.shape)} and out {tuple(out.shape)} must be as long as k and q")
+    off, norm, covered, total = _zeros(q, 4)
+    found, live = PlanRows.of(plan, rows), plan.geometry.live_keys(q.device)
+    for heads, some, kv_head, weights in _exact_rows(q, k, plan, scale, rows):
+        values = v[:, kv_head].to(weights.dtype)
+        if live is not None:  # whatever stands in padding, 0 times it must be 0
+            values = values.masked_fill(~live[..., None], 0.0)
+        exact = weights.flatten(1, 2) @ values  # [B, H * R, D]
+        index = rows[:, None, some, None].expand(-1, heads.stop - heads.start, -1, out.shape[-1])
+        given = out[:, heads].gather(2, index).flatten(1, 2).to(weights.dtype)
+        shape = (exact.shape[0], heads.stop - heads.start, -1)
+        off[:, heads] += (given - exact).square().view(shape).sum(-1)
+        norm[:, heads] += exact.square().view(shape).sum(-1)
+        _add_masses(covered[:, heads], total[:, heads], weights, found.mask(heads, some))
+    # Nothing to see and nothing written is no error; something written there is.
+    nothing = torch.where(off > 0, torch.inf, off)
+    return GuardReading(torch.where(norm == 0, nothing, (off / norm).sqrt()), _share(covered, total), rows)
+
+
+def measure_recall(q: Tensor, k: Tensor, plan: Plan, geometry: Geometry, scale: float, rows: Tensor) -> Tensor:
+    """``GuardReading.recall`` alone, before any kernel has run. Arguments as for ``measure``."""
+    _check(q, k, plan, geometry, rows)
+    covered, total = _zeros(q, 2)
+    found = PlanRows.of(plan, rows)
+    for heads, some, _, weights in _exact_rows(q, k, plan, scale, rows):
+        _add_masses(covered[:, heads], total[:, heads], weights, found.mask(heads, some))
+    return _share(covered, total)
+
+
+def enforce(
+    plan: Plan, q: Tensor, k: Tensor, geometry: Geometry, scale: float, min_recall: float, rows: Tensor
+) -> tuple[Plan, Tensor, Tensor]:
+    """The plan with every head dense whose recall on ``rows`` is below ``min_recall``.
+
+    Args:
+        q, k, geometry, scale, rows: as for ``measure``. min_recall: share of the probability, in (0, 1].
+
+    Returns:
+        The plan; the recall of each head before, float ``[B, HQ]``; and which heads were moved to dense, bool
+        ``[B, HQ]``. A head whose recall is NaN is moved as well.
+
+    Raises:
+        ValueError: ``min_recall`` out of range, or as for ``measure``.
+    """
+    if not 0 < min_recall <= 1:
+        raise ValueError(f"min_recall is {min_recall}; give a share above 0 and up to 1, such as 0.9")
+    recall = measure_recall(q, k, plan, geometry, scale, rows)
+    moved = ~(recall >= min_recall)
+    return make_dense(plan, moved[..., None]), recall, moved
+
+
+def _check(q: Tensor, k: Tensor, plan: Plan, geometry: Geometry, rows: Tensor) -> None:
+    g = geometry
+    if plan.geometry is not g and _lengths(plan.geometry) != _lengths(g):
+        raise ValueError(f"the plan is for {_lengths(plan.geometry)}, the call for {_lengths(g)}")
+    if q.shape[:3] != (g.batch, g.q_heads, g.q_len) or k.shape[:3] != (g.batch, g.kv_heads, g.kv_len):
+        raise ValueError(f"q {tuple(q.shape)} and k {tuple(k.shape)} do not fit {_lengths(g)}")
+    if rows.dim() != 2 or rows.shape[0] != g.batch or rows.dtype != torch.int64:
+        raise ValueError(f"rows are {rows.dtype} {tuple(rows.shape)}; must be int64 [B, R] with B = {g.batch}")
+
+
+def _lengths(geometry: Geometry) -> dict[str, int]:
+    return {name: x for name, x in vars(geometry).items() if isinstance(x, int)}
+
+
+def _zeros(q: Tensor, count: int) -> tuple[Tensor, ...]:
+    return torch.zeros(count, *q.shape[:2], dtype=_work_dtype(q), device=q.device).unbind(0)
+
+
+def _work_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def _exact_rows(
+    q: Tensor, k: Tensor, plan: Plan, scale: float, rows: Tensor
+) -> Iterator[tuple[slice, slice, int, Tensor]]:
+    """Some heads, some rows, their key head, and exact probabilities ``[B, H, R, kv_len]``; dead rows are zeros."""
+    g, work = plan.geometry, _work_dtype(q)
+    if not q.numel() or not k.numel():
+        return
+    room = max(1, CHUNK_BYTES // (g.batch * g.kv_len * work.itemsize))  # rows, of all heads together
+    at_once = max(1, min(room, rows.shape[1]))
+    for first in range(0, rows.shape[1], at_once):
+        some = slice(first, min(first + at_once, rows.shape[1]))
+        hidden = ~visible_keys(plan, rows[:, some])[:, None]
+        step = max(1, room // (some.stop - some.start))
+        for begin, end, kv_head in head_chunks(list(range(g.q_heads)), g.group, step):
+            index = rows[:, None, some, None].expand(-1, end - begin, -1, q.shape[-1])
+            asked = q[:, begin:end].gather(2, index)
+            scores = torch.stack([row_scores(asked[b], k[b, kv_head], work, scale) for b in range(g.batch)])
+            scores = scores.masked_fill_(hidden, torch.finfo(work).min)
+            yield slice(begin, end), some, kv_head, torch.softmax(scores, -1).masked_fill_(hidden, 0.0)
+
+
+def _add_masses(covered: Tensor, total: Tensor, weights: Tensor, kept: Tensor) -> None:
+    """Add the kept and the whole probability of some rows, ``weights [B, H, R, kv_len]``, to ``[B, H]`` each."""
+    total += weights.sum((-1, -2))
+    covered += torch.where(kept, weights, 0.0).sum((-1, -2))
+
+
+def _share(covered: Tensor, total: Tensor) -> Tensor:
+    return torch.where(total == 0, 1.0, covered / total)
