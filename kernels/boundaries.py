@@ -161,11 +161,11 @@ def _compact(frame: TileFrame, segments: Segments, key: int, tiles: TileShape) -
         seen.gather(1, (x[:, 0] + 1).clamp(0, seen.shape[1] - 1).long())[:, None] - 1 for x in (frame.low, frame.high)
     )
     zero = torch.zeros((), dtype=torch.int32, device=low.device)
-    base = low.clamp(min=0) // bn
+    base, stop = low.clamp(min=0) // bn, (high + bn) // bn
     return TileFrame(
-        low=low, high=high, base=base, first=zero.expand(1, 1, 1), latest=base, left=None, full=(low + 1) // bn,
-        stop=(high + bn) // bn, origin=zero.expand(1, 1, 1), live_end=segments.counts[:, key, None, None],
-        after=low + 1, zero=zero, first_is_zero=True, latest_is_base=True,
+        low=low, high=high, base=base, first=zero.expand(1, 1, 1), latest=base, left=None,
+        full=torch.minimum((low + 1) // bn, stop), stop=stop, origin=zero.expand(1, 1, 1),
+        live_end=segments.counts[:, key, None, None], after=low + 1, zero=zero, first_is_zero=True, latest_is_base=True,
     )  # fmt: skip
 
 

@@ -43,7 +43,7 @@ class TileFrame:
         latest: last key block at which a window may start and still hold a key of every live row.
         left, full, stop: the model allows every pair of the key blocks ``left ... full - 1`` (``full`` may be less
             than ``left``, and ``left`` is None where it is 0 throughout); ``stop`` is one past the last key block that
-            some row may see.
+            some row may see, never less than ``full``.
         origin: first live key ``[1 or B, 1, 1]``; live_end: one past the last live position, likewise.
         after: one past ``low``; zero: a scalar.
         first_is_zero: whether ``first`` and ``origin`` are 0 throughout, known on the host.
@@ -73,6 +73,7 @@ class TileFrame:
         live_end = last_live_position(g, device).int()[:, None, None]
         if not g.has_padding:
             origin, live_end = origin[:1], live_end[:1]
+        stop = _seen_until(high, g, block_n)
         return cls(
             low=low,
             high=high,
@@ -80,8 +81,9 @@ class TileFrame:
             first=_first_visible(low, origin, g) // block_n,
             latest=_latest_window_start(low, origin, g) // block_n,
             left=_first_whole(high, origin, g, block_n),
-            full=_whole_until(low, g, block_n),
-            stop=_seen_until(high, g, block_n),
+            # All rows of an empty tile see everything, yet no row sees anything.
+            full=torch.minimum(_whole_until(low, g, block_n), stop),
+            stop=stop,
             origin=origin,
             live_end=live_end,
             after=low + 1,

@@ -82,7 +82,7 @@ def _dense_records(frame: TileFrame) -> Tensor:
 def _window(start: Tensor, frame: TileFrame) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``window_start, window_left, window_full, window_stop`` of windows that begin at ``start``."""
     stop = torch.maximum(frame.stop, start)
-    full = torch.maximum(frame.full, start)  # never beyond `stop`: what all rows see, some row sees
+    full = torch.maximum(frame.full, start)  # never beyond `stop`
     left = start if frame.left is None else torch.minimum(torch.maximum(frame.left, start), full)
     return start, left, full, stop
 

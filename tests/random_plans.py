@@ -280,3 +280,23 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float
     k, v = (t.double().repeat_interleave(group, dim=1) for t in (k, v))
     scores = (q.double() @ k.mT * scale).masked_fill(~mask, float("-inf"))
     return torch.softmax(scores, -1).nan_to_num(0.0) @ v
+
+
+def check_contract(plan: Plan) -> None:
+    """What ``TileRecord`` promises and kernels rely on: a broken promise may make them wait for ever."""
+    r = plan.record
+    assert bool((r.window_start >= 0).all())
+    assert bool((r.window_start <= r.window_left).all())
+    assert bool((r.window_left <= r.window_full).all())
+    assert bool((r.window_full <= r.window_stop).all())
+    assert bool((r.sink_start <= r.sink_stop).all())
+    assert bool((r.sink_stop <= r.window_start).all())
+    assert bool((r.sink_start == r.sink_stop).all()) or plan.has_sinks
+    for count in (r.num_blocks, r.num_columns, r.column_start):
+        assert bool((count >= 0).all())
+    assert bool((r.column_start + r.num_columns <= plan.columns.shape[-1]).all())
+    listed = r.num_blocks > 0
+    assert bool((r.list_start[listed] >= 0).all())
+    assert bool(((r.list_start + r.num_blocks)[listed] <= plan.lists.numel()).all())
+    assert bool(((r.grouped == 0) | (r.grouped == 1)).all())
+    assert plan.key_order is not None or not bool(r.grouped.any())

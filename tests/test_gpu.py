@@ -10,13 +10,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from mmi_compile import compile as mmi_compile_model
 from mmi_compile import last_report, report
 from mmi_compile.kernels import ops
+from mmi_compile.kernels.boundaries import build_bounded_plan
 from mmi_compile.kernels.geometry import Geometry
 from mmi_compile.kernels.launch import device_arch
-from mmi_compile.kernels.patterns import AShape
+from mmi_compile.kernels.patterns import AShape, ByModality, Grid, VerticalSlash
 from mmi_compile.kernels.plan import Plan
 from mmi_compile.kernels.planner import build_plan, dense_plan
 from mmi_compile.kernels.reference import attention_reference
 from mmi_compile.kernels.run import Family, families, family_tiles, run_plan
+from mmi_compile.kernels.segments import segment
 from mmi_compile.kernels.structured import Structure, structured_qkv
 from tests import models
 from tests.random_plans import masked_attention, random_plan, random_qkv
@@ -87,6 +89,29 @@ def test_dense_errors_are_those_of_flash_attention(head_dim: int, dtype: torch.d
         flash = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
     ours = run_plan(q, k, v, plan, scale, family=family)
     assert relative_error(ours, want) <= 2 * relative_error(flash, want)
+
+
+@pytest.mark.parametrize("family", ["hopper", "portable"])
+@pytest.mark.parametrize("tokens", [640, 2048, 5000])
+def test_boundaries_run_as_they_are_planned(tokens: int, family: Family) -> None:
+    device, dtype, dim = torch.device("cuda", 0), torch.bfloat16, 128
+    if family not in families(device, dtype, dim):
+        pytest.skip(f"{family} kernels do not run on {device_arch(device)}")
+    tiles = family_tiles(family, device, dtype, dim)
+    g = Geometry(1, 4, 2, tokens, tokens)
+    q, k, v = random_qkv(0, g, dim, dtype)
+    ids = (torch.arange(tokens, device=device) % 5 > 1).to(torch.int8)[None]
+    heads = [
+        ByModality("q", AShape(8, 64), ((1, VerticalSlash(30, 20)),)),
+        ByModality("2d", AShape(8, 64), (((1, 1), VerticalSlash(30, 20)), ((0, 1), VerticalSlash(9, 1)))),
+        VerticalSlash(30, 20),
+        Grid(32, 0, 64),
+    ]
+    groups = segment(ids, (0, 1), g, tiles)
+    plan = build_bounded_plan(heads, q.cuda(), k.cuda(), g, 0.1, tiles, groups)
+    want = masked_attention(q, k, v, plan.to_mask().cpu(), 0.1)
+    out = run_plan(q.cuda(), k.cuda(), v.cuda(), plan, 0.1, family=family)
+    assert relative_error(out, want) < ROUNDING[dtype]
 
 
 @pytest.mark.parametrize("family", ["hopper", "portable"])

@@ -24,6 +24,7 @@ from mmi_compile.kernels.structured import Structure, structured_qkv
 from tests.host_waits import NoHostWaits
 from tests.kernels.test_planner import assert_invariants
 from tests.launches import launches
+from tests.random_plans import check_contract
 from tests.strategies import geometries, random_inputs, tile_shapes
 
 SCALE = 64**-0.5
@@ -90,6 +91,7 @@ def test_reported_recall_is_that_of_the_plan(geometry: Geometry, tiles: TileShap
     g, x = geometry, random_inputs(geometry, seed=seed, sharpness=6.0)
     plan, choice = adaptive_plan(x.q, x.k, g, 1.0, tiles, recall=recall, max_density=1.0, dense_tail=False)
     assert_invariants(plan)
+    check_contract(plan)
     model = g.to_mask()[:, None]
     rows = probe_rows(g, x.q.device)[:, None, :, None].expand(-1, g.q_heads, -1, g.kv_len)
     full = probabilities_reference(x.q, x.k, model, 1.0).gather(2, rows)

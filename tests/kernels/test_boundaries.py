@@ -20,6 +20,7 @@ from mmi_compile.kernels.plan import Plan
 from mmi_compile.kernels.planner import build_plan
 from mmi_compile.kernels.segments import Segments, segment
 from tests.kernels.test_segments import interleavings
+from tests.random_plans import check_contract
 from tests.strategies import geometries, random_inputs, tile_shapes
 
 SCALE = 0.3
@@ -80,6 +81,7 @@ def check(heads: list[HeadPattern], ids: torch.Tensor, g: Geometry, tiles: TileS
     x = random_inputs(g)
     segments = segment(ids, labels, g, tiles)
     plan = build_bounded_plan(heads, x.q, x.k, g, SCALE, tiles, segments)
+    check_contract(plan)
     mask, model = plan.to_mask(), g.to_mask()[:, None]
     assert not (mask & ~model).any()
     live = model.any(-1).expand(mask.shape[:3])

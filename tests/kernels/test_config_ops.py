@@ -40,6 +40,7 @@ from tests.kernels.test_boundaries import head_patterns
 from tests.kernels.test_ops import PADDINGS, padding_of, qkv
 from tests.kernels.test_segments import interleavings
 from tests.launches import launches
+from tests.random_plans import check_contract
 from tests.strategies import geometries, random_inputs, tile_shapes
 
 mmi = torch.ops.mmi
@@ -242,6 +243,8 @@ def test_the_last_rows_of_chosen_blocks_and_query_lines(geometry: Geometry, tile
     g, x = geometry, random_inputs(geometry)
     kinds: list[Any] = [BlockTopK(k=1, local=4, sink=4), Grid(7, 2, 4, query_lines=True), AShape(2, 4)]
     plan = build_plan([kinds[h % 3] for h in range(g.q_heads)], x.q, x.k, g, 0.3, tiles)
+    check_contract(plan)
+    check_contract(keep_tail(plan))
     sparse, kept, model = plan.to_mask(), keep_tail(plan).to_mask(), g.to_mask()
     assert not (sparse & ~kept).any()
     for b, rows in enumerate(probe_rows(g, torch.device("cpu")).tolist()):

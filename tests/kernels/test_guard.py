@@ -27,7 +27,7 @@ from mmi_compile.kernels.probe import LAST_Q
 from mmi_compile.kernels.reference import attention_reference, probabilities_reference
 from mmi_compile.kernels.segments import segment
 from tests.host_waits import NoHostWaits
-from tests.random_plans import random_plan, random_qkv
+from tests.random_plans import check_contract, random_plan, random_qkv
 from tests.strategies import geometries
 
 CPU = torch.device("cpu")
@@ -98,6 +98,7 @@ def test_reading_is_that_of_dense_softmax(seed: int) -> None:
     g = plan.geometry
     q, k, v = (x.double() for x in random_qkv(seed, g, 8, torch.float32))
     rows = random_rows(g, seed)
+    check_contract(plan)
     model, mask = g.to_mask()[:, None], plan.to_mask()
     out = attention_reference(q, k, v, mask, SCALE)
     reading = measure(q, k, v, out, plan, g, SCALE, rows)

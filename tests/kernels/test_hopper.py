@@ -9,6 +9,7 @@ import os
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ from mmi_compile.kernels.run import families
 from mmi_compile.kernels.segments import segment
 from mmi_compile.kernels.spec import SHARED_MEMORY, Features
 from tests.kernels.gluon_emulator import EmulatedKernel
-from tests.random_plans import masked_attention, random_plan, random_qkv
+from tests.random_plans import check_contract, masked_attention, random_plan, random_qkv
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "kernels"
 SPARSE = Features(has_blocks=True, has_sinks=True, has_columns=True, has_block_bits=True)
@@ -210,6 +211,22 @@ def test_plans_of_modalities_run_as_they_are() -> None:
     ]
     plan = build_bounded_plan(heads, q.float(), k.float(), g, 0.1, tiles, segment(ids, (0, 1), g, tiles))
     assert plan.regions == 2
+    want = masked_attention(q, k, v, plan.to_mask(), 0.1)
+    torch.testing.assert_close(attention_hopper(q, k, v, plan, 0.1).double(), want, atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("boundary", ["q", "2d"])
+def test_tiles_without_rows_end(boundary: str) -> None:
+    """A grouping has tiles to spare; where groups fill theirs, those hold no row at all."""
+    g, tiles = Geometry(1, 1, 1, 640, 640), TileShape(128, 128)
+    q, k, v = random_qkv(0, g, 64, torch.float16)
+    ids = (torch.arange(640) % 5 > 1).to(torch.int8)[None]  # 256 and 384 tokens
+    place: Any = 1 if boundary == "q" else (1, 1)
+    head = ByModality(boundary, AShape(8, 64), ((place, VerticalSlash(30, 20)),))  # type: ignore[arg-type]
+    plan = build_bounded_plan([head], q.float(), k.float(), g, 0.1, tiles, segment(ids, (0, 1), g, tiles))
+    assert bool((plan.rows() < 0).all(-1).any())
+    check_contract(plan)
     want = masked_attention(q, k, v, plan.to_mask(), 0.1)
     torch.testing.assert_close(attention_hopper(q, k, v, plan, 0.1).double(), want, atol=2e-3, rtol=2e-3)
 

@@ -18,6 +18,7 @@ from mmi_compile.kernels.reference import probabilities_reference
 from mmi_compile.kernels.rules import HeadRules, autocorrelation_stride, estimate_rules
 from tests.host_waits import NoHostWaits
 from tests.launches import launches
+from tests.random_plans import check_contract
 from tests.strategies import geometries, patterns, random_inputs, tile_shapes
 
 SCALE = 0.3
@@ -115,6 +116,7 @@ def test_plan_lies_between_pattern_and_model_mask(geometry: Geometry, tiles: Til
     rules = estimate_rules(chosen, x.q, x.k, geometry, SCALE, tiles)
     plan = lower_rules(rules, geometry, tiles)
     assert_invariants(plan)
+    check_contract(plan)
     mask, model = plan.to_mask(), geometry.to_mask()[:, None]
     assert not (mask & ~model).any()
     assert not (rules.to_mask(geometry) & ~mask).any()
@@ -143,6 +145,7 @@ def test_make_dense_changes_only_the_tiles_asked_for(geometry: Geometry, tiles: 
     row_is_dense.scatter_(-1, slots, which[..., None].expand_as(plan.rows()).flatten(2))
     expected = torch.where(row_is_dense[..., :-1, None], geometry.to_mask()[:, None], plan.to_mask())
     assert torch.equal(changed.to_mask(), expected)
+    check_contract(changed)
 
 
 @pytest.mark.parametrize("tiles", [TileShape(16, 16), TileShape(16, 8), TileShape(8, 16)])
