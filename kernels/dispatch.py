@@ -13,13 +13,14 @@ from mmi_compile.kernels.boundaries import build_bounded_plan
 from mmi_compile.kernels.cpu import attention_cpu
 from mmi_compile.kernels.dense import dense_attention
 from mmi_compile.kernels.geometry import Geometry
+from mmi_compile.kernels.guard import NO_GUARD, Guard, enforce, guard_rows, measure
 from mmi_compile.kernels.layer_heads import LayerHeads
 from mmi_compile.kernels.patterns import ByModality
 from mmi_compile.kernels.plan import Plan
 from mmi_compile.kernels.planner import TileShape, build_plan, dense_plan, keep_tail
 from mmi_compile.kernels.segments import Segments
 from mmi_compile.profiling import span
-from mmi_compile.runtime import AttentionRun
+from mmi_compile.runtime import AttentionRun, GuardRun
 
 CPU_DENSE_BELOW = 4096
 """Tokens below which dense attention on a CPU is as fast as probe, plan and sparse kernel together."""
@@ -66,6 +67,7 @@ def attention(
     min_tokens: int,
     dense_tail: bool = True,
     configured: ConfiguredHeads | None = None,
+    guard: Guard = NO_GUARD,
 ) -> tuple[Tensor, AttentionRun]:
     """Prefill attention ``[B, HQ, q_len, D]``, and how it ran.
 
@@ -75,6 +77,7 @@ def attention(
         policy, recall, max_density, min_tokens, dense_tail: as for ``mmi::attention``; with a negative ``min_tokens``
             the device and the amount of work decide.
         configured: the heads of this layer, for ``policy="config"`` alone.
+        guard: what to verify where heads are sparse.
     """
     run = AttentionRun(q_len=geometry.q_len, kv_len=geometry.kv_len, path="")
     if not q.numel() or not k.numel():
@@ -104,8 +107,31 @@ def attention(
                 q, k, geometry, scale, tiles, recall=recall, max_density=max_density, dense_tail=dense_tail
             )
         run.choice, run.density = choice, choice.density
+    if not guard.asked:
+        with span("mmi::kernel"):
+            return kernel(q, k, v, plan, scale, new_output()), run
+    return _guarded(q, k, v, plan, geometry, scale, guard, run, lambda plan: kernel(q, k, v, plan, scale, new_output()))
+
+
+def _guarded(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, geometry: Geometry, scale: float, guard: Guard, run: AttentionRun,
+    kernel: Callable[[Plan], Tensor],
+) -> tuple[Tensor, AttentionRun]:  # fmt: skip
+    """Run ``kernel`` on the plan without the heads that fall short, and note what the guard saw."""
+    rows = guard_rows(geometry, guard.rows, device=q.device)
+    found = run.guard = GuardRun(rows.shape[1], guard.min_recall)
+    if guard.min_recall:
+        with span("mmi::guard"), found.watch.running(q.device):
+            plan, found.recall, found.moved = enforce(plan, q, k, geometry, scale, guard.min_recall, rows)
+            run.density = plan.density()
     with span("mmi::kernel"):
-        return kernel(q, k, v, plan, scale, new_output()), run
+        out = kernel(plan)
+    if guard.verify:
+        with span("mmi::guard"), found.watch.running(q.device):
+            reading = measure(q, k, v, out, plan, geometry, scale, rows)
+            found.error = reading.error
+            found.recall = reading.recall if found.recall is None else found.recall
+    return out, run
 
 
 def configured_plan(

@@ -35,6 +35,28 @@ _FINE = 1 << 20
 
 
 @dataclass(frozen=True)
+class Guard:
+    """What is asked of the guard in one attention call.
+
+    Attributes:
+        verify: compare the output with exact attention.
+        min_recall: heads below it are moved to dense before the kernel runs; 0 asks nothing.
+        rows: query rows to look at, at most.
+    """
+
+    verify: bool = False
+    min_recall: float = 0.0
+    rows: int = GUARD_ROWS
+
+    @property
+    def asked(self) -> bool:
+        return self.verify or self.min_recall > 0
+
+
+NO_GUARD = Guard()
+
+
+@dataclass(frozen=True)
 class GuardReading:
     """What the guard saw, for every batch element and query head. Tensors on the device of the inputs.
 

@@ -267,7 +267,7 @@ class ModalityTiles(NamedTuple):
 _DISTANCES: dict[str, dict[int, PassTile]] = {
     "sm_80": {128: PassTile(4, 128, 4, 2), 256: PassTile(4, 64, 4, 2)},
     "sm_86": {128: PassTile(4, 64, 4, 2), 256: PassTile(4, 64, 4, 1)},
-    "sm_90": {128: PassTile(4, 128, 4, 2), 256: PassTile(4, 64, 4, 2)},
+    "sm_90": {128: PassTile(2, 128, 4, 3), 256: PassTile(4, 64, 4, 2)},
     "gfx942": {128: PassTile(4, 64, 4, 1), 256: PassTile(4, 64, 4, 1)},
 }
 _FAMILY = {"sm_89": "sm_86", "sm_120": "sm_86", "sm_100": "sm_90"}

@@ -25,6 +25,7 @@ from mmi_compile.decision import MMIError
 from mmi_compile.kernels import dispatch
 from mmi_compile.kernels.frames import TileShape, constant
 from mmi_compile.kernels.geometry import Geometry
+from mmi_compile.kernels.guard import Guard
 from mmi_compile.kernels.layer_heads import labels_of, parse_heads, parse_names, translated
 from mmi_compile.kernels.segments import Segments, segment, segment_shapes
 from mmi_compile.record import ANY_VISION, LABELS
@@ -60,6 +61,9 @@ def attention(
     layout: str,
     key: str,
     abi: int,
+    verify: float = 0.0,
+    min_recall: float = 0.0,
+    guard_rows: int = 64,
 ) -> Tensor:
     """Causal attention of a prefill.
 
@@ -84,6 +88,9 @@ def attention(
         layer: number of the decoder layer, where the graph tells. Only observers read it.
         layout: memory order of the output, ``"bshd"`` or ``"bhsd"``.
         key: names this attention in reports; abi: must be this module's ``ABI``.
+        verify: share of the sparse calls that are compared with exact attention on some rows, for the report.
+        min_recall: sparse heads that keep a smaller share of the probability on those rows run densely; 0 asks nothing.
+        guard_rows: how many rows, spread over the whole prompt.
 
     Returns:
         ``[B, HQ, q_len, D]`` in q's dtype. Rows that may see no key are zero.
@@ -107,6 +114,7 @@ def attention(
         found = dispatch.attention(
             q, k, v, geometry, scale, partial(_empty, q, v, layout), policy=policy, recall=recall,
             max_density=max_density, min_tokens=min_tokens, dense_tail=dense_tail, configured=configured,
+            guard=Guard(runtime.is_due(key, verify), min_recall, guard_rows),
         )  # fmt: skip
     out, run = found
     runtime.record_attention(key, run)
@@ -181,6 +189,7 @@ def _(
     q: Tensor, k: Tensor, v: Tensor, key_padding: Tensor | None, key_bounds: Tensor | None, modality: Tensor | None,
     segments: list[Tensor], scale: float, q_offset: int, window: int, policy: str, recall: float, max_density: float,
     min_tokens: int, dense_tail: bool, heads: str, layer: int | None, layout: str, key: str, abi: int,
+    verify: float = 0.0, min_recall: float = 0.0, guard_rows: int = 64,
 ) -> Tensor:  # fmt: skip
     return _empty(q, v, layout)
 

@@ -232,6 +232,28 @@ class Options:
             "answer and cost next to nothing.",
         ),
     )
+    verify: float = field(
+        default=0.0,
+        metadata=_about(
+            _number(float, "a number in [0, 1]", lambda x: 0 <= x <= 1),
+            "Share of the sparse calls that are compared with exact attention on some rows of the prompt; the report "
+            "then holds error and recall of every head.",
+        ),
+    )
+    min_recall: float | None = field(
+        default=None,
+        metadata=_about(
+            _or_none(_number(float, _SHARE, lambda x: 0 < x <= 1), "nothing is checked"),
+            "Sparse heads that keep a smaller share of the probability on some rows of the prompt run densely.",
+        ),
+    )
+    guard_rows: int = field(
+        default=64,
+        metadata=_about(
+            _number(int, "an integer >= 1", lambda x: x >= 1),
+            "Rows that `verify` and `min_recall` look at, spread over the whole prompt.",
+        ),
+    )
     inner: str | Callable[..., Any] = field(
         default="inductor",
         metadata=_about(_inner(), "Backend that compiles the rewritten graph."),

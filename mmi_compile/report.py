@@ -236,7 +236,7 @@ def run_to_json(key: str) -> dict[str, Any] | None:
     if run is None:
         return None
     density = run.density
-    heads = run.choice.describe() if run.choice is not None else _configured(run)
+    heads = _with_moved(run.choice.describe() if run.choice is not None else _configured(run), run)
     per_head = [float(density)] if isinstance(density, (int, float)) else _floats(density)
     return {
         "q_len": run.q_len,
@@ -247,7 +247,38 @@ def run_to_json(key: str) -> dict[str, Any] | None:
         "density_per_head": per_head,
         "patterns": heads,
         "notes": list(run.notes),
+        "guard": None if run.guard is None else _guard_to_json(run.guard),
     }
+
+
+def _with_moved(heads: list[list[str]], run: runtime.AttentionRun) -> list[list[str]]:
+    """Heads that the guard moved to dense in this run say so, and what they would have been."""
+    guard = run.guard
+    if not heads or guard is None or guard.moved is None or guard.call != run.calls:
+        return heads
+    return [
+        [f"dense (moved by the guard; was {text})" if moved else text for text, moved in zip(texts, row, strict=True)]
+        for texts, row in zip(heads, guard.moved.tolist(), strict=True)
+    ]
+
+
+def _guard_to_json(guard: runtime.GuardRun) -> dict[str, Any]:
+    """What the guard saw: per head the worst batch element, and the time it took."""
+    recall, error, moved = guard.recall, guard.error, guard.moved
+    return {
+        "call": guard.call,
+        "rows": guard.rows,
+        "min_recall": guard.min_recall or None,
+        "recall_per_head": None if recall is None else _worst(recall.amin(0)),
+        "error_per_head": None if error is None else _worst(error.amax(0)),
+        "moved_to_dense": None if moved is None else [h for h, was in enumerate(moved.any(0).tolist()) if was],
+        "milliseconds": round(guard.watch.total() * 1e3, 3),
+    }
+
+
+def _worst(per_head: Tensor) -> list[float | None]:
+    # NaN is no JSON; it means that the inputs were NaN.
+    return [None if x != x else float(f"{x:.6g}") for x in per_head.tolist()]
 
 
 def _configured(run: runtime.AttentionRun) -> list[list[str]]:

@@ -67,12 +67,25 @@ def _alike(sites: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One entry for neighbours that differ in shapes alone, as the windows of a vision tower do; ``times`` counts."""
     told: list[dict[str, Any]] = []
     for site in sites:
-        facts = {name: value for name, value in site.items() if name not in ("shapes", "key", "times")}
-        if told and all(told[-1][name] == value for name, value in facts.items()):
+        facts = {name: value for name, value in site.items() if name not in ("shapes", "key", "run")}
+        if told and site["run"] is None and all(told[-1][name] == value for name, value in facts.items()):
             told[-1]["times"] += 1
         else:
-            told.append({**site, "times": 1})
+            told.append({**site, "times": 1, **_guard(site["run"])})
     return told
+
+
+def _guard(run: dict[str, Any] | None) -> dict[str, str]:
+    """The worst heads that the guard saw, in words."""
+    guard = run["guard"] if run else None
+    if guard is None:
+        return {}
+    recall = [x for x in guard["recall_per_head"] or [] if x is not None]
+    error = [x for x in guard["error_per_head"] or [] if x is not None]
+    return {
+        "guard_recall": f"≥ {min(recall):.3g}" if recall else "NaN",
+        "guard_error": f"≤ {max(error):.2g}" if error else "NaN",
+    }
 
 
 def _strip(runs: list[list[Any]], colours: dict[str, int]) -> Iterator[dict[str, Any]]:

@@ -159,7 +159,26 @@ def _run(run: dict[str, Any] | None) -> list[str]:
         lines += _heads(run["patterns"][0], batch)
     elif run["density_per_head"]:
         lines += _wrap("heads", "all dense")
-    return lines
+    return lines + _guard(run["guard"])
+
+
+def _guard(guard: dict[str, Any] | None) -> list[str]:
+    """What the guard saw when it last looked, in one line."""
+    if guard is None:
+        return []
+    parts = [f"{guard['rows']} rows of call {guard['call']}"]
+    for name, worst in (("recall", min), ("error", max)):
+        values = guard[f"{name}_per_head"]
+        if values is not None:
+            known = [value for value in values if value is not None]
+            shown = f"{worst(known):.3g} (head {values.index(worst(known))})" if known else "NaN"
+            parts.append(f"{'least recall' if name == 'recall' else 'largest error'} {shown}")
+            parts += [f"{len(values) - len(known)} heads NaN"] if 0 < len(known) < len(values) else []
+    if guard["moved_to_dense"] is not None:
+        moved = guard["moved_to_dense"]
+        heads = f": {', '.join(map(str, moved))}" if moved else ""
+        parts.append(f"{len(moved)} heads below {guard['min_recall']:g} moved to dense{heads}")
+    return _wrap("guard", f"{' · '.join(parts)} · {guard['milliseconds']:.3g} ms")
 
 
 def _heads(heads: list[str], batch: str) -> list[str]:

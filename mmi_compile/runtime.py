@@ -14,10 +14,31 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
+from mmi_compile.profiling import Stopwatch
 from mmi_compile.visual_segments import VisualSegment
 
 if TYPE_CHECKING:
     from mmi_compile.kernels.geometry import Geometry
+
+
+@dataclass
+class GuardRun:
+    """What the guard saw in one attention call.
+
+    Attributes:
+        rows: query rows it looked at. min_recall: what was asked, 0 for nothing.
+        recall: of each head before any was moved, ``[B, HQ]``. error: relative, of what ran; None where not verified.
+        moved: heads moved to dense, bool ``[B, HQ]``; None where nothing was asked.
+        watch: the time it took. call: how many calls of this attention came before.
+    """
+
+    rows: int
+    min_recall: float = 0.0
+    recall: Tensor | None = None
+    error: Tensor | None = None
+    moved: Tensor | None = None
+    watch: Stopwatch = field(default_factory=Stopwatch)
+    call: int = 0
 
 
 @dataclass
@@ -32,6 +53,7 @@ class AttentionRun:
         calls: how often this attention has run.
         heads: under a head config, what each query head ran, in words; else empty.
         notes: what the reader of a report should know of this run, in words.
+        guard: what the guard saw the last time it looked; None when it never did.
     """
 
     q_len: int
@@ -42,6 +64,7 @@ class AttentionRun:
     calls: int = 1
     heads: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    guard: GuardRun | None = None
 
 
 @dataclass
@@ -132,6 +155,10 @@ def record_attention(key: str, run: AttentionRun) -> None:
         before = _attention.get(key)
         if before is not None:
             run.calls = before.calls + 1
+        if run.guard is not None:
+            run.guard.call = run.calls
+        elif before is not None:
+            run.guard = before.guard
         _attention[key] = run
 
 
@@ -158,6 +185,15 @@ def prompt_here(graph_key: str, batch: int, tokens: int) -> Prompt:
     """The prompt of this shape that the graph called ``graph_key`` is running on in this thread; where the graph had
     its modality from elsewhere than ``mmi::modality``, it counts as known."""
     return _here.prompts.get((graph_key, batch, tokens), Prompt())
+
+
+def is_due(key: str, share: float) -> bool:
+    """Whether the next call of an attention is one of the ``share`` that are verified: the first, then evenly."""
+    if share <= 0:
+        return False
+    run = _attention.get(key)
+    calls = 0 if run is None else run.calls
+    return calls == 0 or int((calls + 1) * share) > int(calls * share)
 
 
 def attention_run(key: str) -> AttentionRun | None:

@@ -61,6 +61,7 @@ def _rewrite(site: AttentionSite, context: PassContext, shared: dict[Any, fx.Nod
         _scale(site), offset, 0 if fact.window is None else int(fact.window), site.policy,
         float(options.recall), float(options.max_density), _min_tokens(options), options.dense_tail,
         "" if site.heads is None else site.heads.to_text(), site.index, _layout(node), site.key, ABI,
+        *_guard(options),
     )  # fmt: skip
     reason, detail = site.fallback or (None, "")
     what = f"mmi::attention, {site.pattern}, {fact}"
@@ -75,6 +76,13 @@ def _follow(old: fx.Node, new: fx.Node, context: PassContext) -> None:
         for name in ("q", "k", "v"):
             if getattr(site, name) is old:
                 setattr(site, name, new)
+
+
+def _guard(options: Options) -> tuple[float, float, int] | tuple[()]:
+    """``verify``, ``min_recall`` and ``guard_rows`` where one of them asks for anything."""
+    if not options.verify and options.min_recall is None:
+        return ()
+    return float(options.verify), float(options.min_recall or 0), options.guard_rows
 
 
 def _min_tokens(options: Options) -> int:
