@@ -28,6 +28,7 @@ _LOCATIONS = {
     "Options": "options",
     "OptionError": "options",
     "Report": "report",
+    "search": "model_search",
 }
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "explain",
     "last_report",
     "modality",
+    "search",
 ]
 
 if TYPE_CHECKING:
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
     from mmi_compile.decision import Decision, MMIError, Reason
     from mmi_compile.frontend import compile, explain
     from mmi_compile.head_config import HeadConfig
+    from mmi_compile.model_search import search
     from mmi_compile.options import OptionError, Options
     from mmi_compile.record import modality
     from mmi_compile.report import Report

@@ -106,6 +106,9 @@ def bench(
     seed: Annotated[int | None, typer.Option(help="Seed of the inputs [0].")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="One short length, few cases and repeats.")] = False,
     tune: Annotated[bool, typer.Option("--tune", help="Time candidate tiles of the portable kernel instead.")] = False,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Measure what work costs here, for head search, instead.")
+    ] = False,
     json_file: Annotated[
         str | None, typer.Option("--json", metavar="FILE", help="Write all results; - for stdout, without the table.")
     ] = None,
@@ -124,6 +127,13 @@ def bench(
         if path is not None and not path.absolute().parent.is_dir():
             raise CommandError(f"cannot write {path}: there is no folder {path.parent}")
     where = _device(device)
+    if calibrate:
+        unused = {"--cases": cases, "--peers": peers, "--batch": batch, "--quick": quick, "--tune": tune}
+        given = [name for name, value in {**unused, "--plot": plot_file}.items() if value]
+        if given:
+            raise CommandError(f"--calibrate has no use for {' and '.join(given)}: it measures cases of its own")
+        _calibrate(where, tokens, json_file, heads, kv_heads, head_dim, dtype, repeats, seed)
+        return
     options = _bench_options(
         where, quick, tune, tokens, cases, peers,
         heads=heads, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype, batch=batch, repeats=repeats, seed=seed,
@@ -187,6 +197,156 @@ def _print_diagnosis(diagnosis: Diagnosis) -> None:
             table.add_row("", "", f"mend: {escape(check.mend)}")
     console.print(table)
     console.print("everything works" if diagnosis.healthy else "something is broken")
+
+
+def _calibrate(
+    device: Any, tokens: list[str] | None, json_file: str | None, heads: int | None, kv_heads: int | None,
+    head_dim: int | None, dtype: str | None, repeats: int | None, seed: int | None,
+) -> None:  # fmt: skip
+    from mmi_compile import calibrate
+    from mmi_compile.bench_cases import CaseError, parse_tokens
+
+    try:
+        options = calibrate.CalibrationOptions.for_device(
+            device, tokens=parse_tokens(tokens) if tokens else None, heads=heads, kv_heads=kv_heads,
+            head_dims=None if head_dim is None else (head_dim,), dtype=dtype, repeats=repeats, seed=seed,
+        )  # fmt: skip
+        with _bar(calibrate.steps(options)) as on_step:
+            found = calibrate.calibrate(device, options, on_step=on_step)
+    except (CaseError, ValueError) as error:
+        raise CommandError(str(error)) from None
+    except RuntimeError as error:  # a kernel that cannot be built, or lack of memory
+        raise CommandError(str(error), FAILURE) from None
+    try:
+        path = calibrate.save(found, device)
+    except calibrate.CostFileError as error:
+        raise CommandError(str(error), FAILURE) from None
+    if json_file == "-":
+        print(json.dumps(found.to_json(), indent=1))
+        return
+    if json_file is not None:
+        Path(json_file).write_text(json.dumps(found.to_json(), indent=1), encoding="utf-8")
+    _print(calibrate.cost_table(found))
+    print(f"kept in {path}")
+
+
+@app.command()
+def search(
+    script: Annotated[str, typer.Argument(metavar="SCRIPT.py:FUNCTION", help="A function that returns model, inputs.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The head config to write.")],
+    budget: Annotated[float, typer.Option(help="Share of dense attention's cost for all heads.")] = 0.12,
+    unit: Annotated[str, typer.Option(help="What budgets count: predicted kernel time, or tiles (density).")] = "time",
+    mode: Annotated[str, typer.Option(help="share one budget among all heads, or equal for each.")] = "share",
+    boundaries: Annotated[str, typer.Option(help="Some of none, q and 2d, with commas.")] = "none,q,2d",
+    rows: Annotated[str, typer.Option(help="Rows that errors are measured on: all, last or both.")] = "both",
+    merge: Annotated[str, typer.Option(help="Errors of several prompts: their mean or their max.")] = "mean",
+    resume: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Keep measurements there, and go on from them [FILE.partial].")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the config as JSON instead of a map.")] = False,
+) -> None:
+    """Choose boundaries and patterns for every head of a model, from calibration prompts."""
+    from mmi_compile.decision import MMIError
+    from mmi_compile.model_search import search as run_search
+    from mmi_compile.show import terminal_map
+
+    if not output.absolute().parent.is_dir():
+        raise CommandError(f"cannot write {output}: there is no folder {output.parent}")
+    model, inputs = _built(script)
+    partial = resume or output.with_name(f"{output.name}.partial")
+    chosen: dict[str, Any] = {"mode": mode, "unit": unit, "rows": rows, "merge": merge}
+    try:
+        config = run_search(
+            model,
+            inputs,
+            budget=budget,
+            boundaries=boundaries.replace(" ", "").split(","),
+            resume=partial,
+            **chosen,
+        )
+        config.save(output)
+    except KeyboardInterrupt:
+        raise CommandError(f"interrupted; the same command goes on from {partial}", FAILURE) from None
+    except MMIError as error:
+        raise CommandError(str(error), FAILURE) from None
+    except ValueError as error:
+        raise CommandError(str(error)) from None
+    if resume is None:
+        partial.unlink(missing_ok=True)
+    if as_json:
+        print(json.dumps(config.to_json(), indent=1))
+    else:
+        _print(terminal_map(config))
+
+
+def _built(place: str) -> tuple[Any, Any]:
+    """What ``FUNCTION`` of ``SCRIPT.py:FUNCTION`` returns: a model, and its inputs or a list of them."""
+    import runpy
+
+    name, _, function = place.rpartition(":") if ":" in place else (place, "", "build")
+    path = Path(name)
+    if not path.is_file():
+        raise CommandError(f"there is no script {name!r}; give SCRIPT.py:FUNCTION")
+    sys.path.insert(0, str(path.absolute().parent))  # a script may import its neighbours
+    try:
+        found = runpy.run_path(str(path), run_name=path.stem).get(function)
+        if not callable(found):
+            raise CommandError(f"{name} has no function {function!r}; it must return a model and its inputs")
+        built = found()
+    except CommandError:
+        raise
+    except Exception as error:  # whatever the user's script does
+        raise CommandError(f"{place} failed: {type(error).__name__}: {error}", FAILURE) from error
+    finally:
+        sys.path.pop(0)
+    if not isinstance(built, tuple) or len(built) != 2:
+        raise CommandError(f"{place} must return (model, inputs), returned {type(built).__name__}")
+    return built
+
+
+@app.command()
+def show(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.json", help="A head config.")],
+    png: Annotated[Path | None, typer.Option("--png", metavar="FILE.png", help="Write the map as a picture.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the config, validated, as JSON instead.")] = False,
+) -> None:
+    """Show which pattern and boundary every head has, and how recall and density are spread."""
+    from mmi_compile.decision import MMIError
+    from mmi_compile.head_config import HeadConfig
+    from mmi_compile.show import save_png, terminal_map
+
+    try:
+        found = HeadConfig.load(config)
+        if png is not None:
+            save_png(found, png)
+    except MMIError as error:
+        raise CommandError(str(error)) from None
+    if as_json:
+        print(json.dumps(found.to_json(), indent=1))
+    else:
+        _print(terminal_map(found))
+
+
+def _print(what: Any) -> None:
+    from rich.console import Console
+
+    Console(soft_wrap=True).print(what)
+
+
+@contextmanager
+def _bar(steps: int) -> Iterator[Any]:
+    """A callback for the next of ``steps`` steps. A bar on a terminal, on stderr; elsewhere nothing."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda what: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("starting", total=steps)
+        yield lambda what: bar.update(task, advance=1, description=what)
 
 
 def _json(results: Results) -> str:
