@@ -439,5 +439,5 @@ def default_coefficients(family: str, head_dim: int, tiles: TileShape) -> Coeffi
     if family == "cpu":
         return Coefficients(1e-3, rows=2.5 * tile, tiles=tile, listed=tile, columns=tile, gathered=tile, dense=tile)
     return Coefficients(
-        launch=2e-5, rows=1.3 * tile, tiles=tile, listed=1.02 * tile, columns=tile, gathered=4 * tile, dense=tile
+        launch=2e-5, rows=1.2 * tile, tiles=tile, listed=1.03 * tile, columns=1.1 * tile, gathered=20 * tile, dense=tile
     )

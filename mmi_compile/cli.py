@@ -330,7 +330,12 @@ def show(
 def _print(what: Any) -> None:
     from rich.console import Console
 
-    Console(soft_wrap=True).print(what)
+    from mmi_compile.bench_table import MIN_WIDTH
+
+    console = Console(soft_wrap=True)
+    if console.width < MIN_WIDTH:  # a table that is squeezed cannot be read; one that is cut can be scrolled
+        console = Console(width=MIN_WIDTH, soft_wrap=True)
+    console.print(what)
 
 
 @contextmanager

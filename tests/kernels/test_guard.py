@@ -287,11 +287,13 @@ def test_gpu_reading_is_that_of_the_cpu_and_never_waits() -> None:
     there = dataclasses.replace(plan, **moved)
     inputs = [x.cuda().bfloat16() for x in (q, k, v)]
     out = attention_reference(q, k, v, plan.to_mask(), 0.3)
+    out_there = out.cuda()
     rows = guard_rows(g, device=torch.device("cuda"))
-    measure(*inputs, out.cuda(), there, g, 0.3, rows)
+    measure(*inputs, out_there, there, g, 0.3, rows)
+    enforce(there, *inputs[:2], g, 0.3, 0.9, rows)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        got = measure(*inputs, out.cuda(), there, g, 0.3, rows)
+        got = measure(*inputs, out_there, there, g, 0.3, rows)
         enforce(there, *inputs[:2], g, 0.3, 0.9, rows)
     finally:
         torch.cuda.set_sync_debug_mode("default")
