@@ -119,7 +119,7 @@ class HeadChoice:
 
 
 def _describe(pattern: int, recall: float, density: float, window: int, columns: int, slashes: int, stride: int) -> str:
-    parts = [] if pattern == DENSE else [f"window {window}" if window > 1 else "own tile"]
+    parts = [] if pattern == DENSE else [f"window {window}"]
     if columns:
         parts.append(f"{columns} columns" + (f" (stride {stride})" if stride else ""))
     if slashes:

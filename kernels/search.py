@@ -60,7 +60,9 @@ class Costs(NamedTuple):
 
     Attributes:
         window: ``[W + 1]``, a window and the sinks; the last one is dense.
-        local: int32 ``[W + 1]``, the same windows in tokens.
+        local: int32 ``[W + 1]``, the same windows in tokens. The probe rows may stand at the end of their tile and see
+            the whole of it beside the blocks of the window; a tile's first row sees none of it. So that it reaches as
+            far back as the probe rows do, a window is longer than what was measured by a query tile.
         diagonal: ``[W]``, one block diagonal at each offset.
         rung: ``[L]``, a window of the ladder and all block diagonals beyond it; one more, so that a plain a_shape wins
             a tie.
@@ -75,16 +77,16 @@ class Costs(NamedTuple):
     line: Tensor
 
 
-def _costs(q_len: int, q_offset: int, kv_len: int, block_n: int, device: torch.device) -> Costs:
+def _costs(q_len: int, q_offset: int, kv_len: int, block_m: int, block_n: int, device: torch.device) -> Costs:
     positions = q_len + q_offset
     offset = torch.arange(positions // block_n + 3, device=device)
-    window = _window_cost(offset, q_len, q_offset, block_n)
+    window = _window_cost(offset, q_len, q_offset, block_m, block_n)
     diagonal = (positions - (offset[:-1] * block_n).clamp(min=q_offset)).clamp(min=0).double() * (block_n / q_len)
     beyond = diagonal.sum() - diagonal.cumsum(-1)
     at = constant(window_ladder(positions, block_n), device, torch.int64)
     return Costs(
         window=window.float(),
-        local=(offset * block_n + 1).clamp(max=positions).int(),
+        local=(offset * block_n + block_m).clamp(max=positions).int(),
         diagonal=diagonal.float(),
         rung=(window[:-1] + beyond).index_select(0, at).float() + 1,
         grid_rung=(window.index_select(0, at) * GRID_BONUS).float(),
@@ -92,10 +94,10 @@ def _costs(q_len: int, q_offset: int, kv_len: int, block_n: int, device: torch.d
     )
 
 
-def _window_cost(window: Tensor, q_len: int, q_offset: int, block_n: int) -> Tensor:
-    """Keys per query of a window that reaches ``window`` key blocks back, plus sinks."""
+def _window_cost(window: Tensor, q_len: int, q_offset: int, block_m: int, block_n: int) -> Tensor:
+    """Keys per query of a window that reaches ``window`` key blocks and a query tile back, plus sinks."""
     end = q_len + q_offset
-    reach = (window.double() + 1) * block_n
+    reach = (window.double() + 1) * block_n + block_m
     middle = reach.clamp(q_offset, end)
     growing = (middle * (middle + 1) - q_offset * (q_offset + 1)) / 2
     return (growing + reach.clamp(max=end) * (end - middle)) / q_len + SINK_TOKENS
@@ -168,7 +170,7 @@ def probe_frame(geometry: Geometry, tiles: TileShape, device: torch.device) -> P
         inside=(j >= sink_end * bn) & (j < credited),
         ladder=ladder,
         line_edge=line_edge.clamp(0, g.kv_len)[:, :, None] - 1,
-        costs=keep(_costs, (g.q_len, g.q_offset, g.kv_len, bn), device),
+        costs=keep(_costs, (g.q_len, g.q_offset, g.kv_len, bm, bn), device),
         dense_work=dense_work,
         full=dense_work.sum(-1),
     )
