@@ -18,6 +18,7 @@ from mmi_compile.language_model import find_language_model, takes_feature_mask
 from mmi_compile.options import Options
 from mmi_compile.prompt_hook import PromptHook
 from mmi_compile.report import GraphReport, Report
+from mmi_compile.static_cache import counting_on_the_host, keep_masks_readable
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -49,6 +50,8 @@ def compile(
     language_model.compile(backend=backend, dynamic=dynamic, fullgraph=fullgraph)
     if takes_feature_mask(language_model):
         language_model._compiled_call_impl = _capturing_selection(language_model._compiled_call_impl)
+    language_model._compiled_call_impl = counting_on_the_host(language_model._compiled_call_impl)
+    keep_masks_readable(model)
     PromptHook.install(model, strict=backend.keywords["options"].strict)
     return model
 
@@ -92,7 +95,7 @@ def explain(model: nn.Module, *args: Any, options: Mapping[str, Any] | None = No
 
     prompt = PromptHook(model, strict=chosen.strict).read(args, kwargs)
     with torch.no_grad(), record.hooked(prompt), _uncompiled(model), _apart(model, observing), _unlimited():
-        torch.compile(model, backend=observing, **_ISOLATED)(*args, **kwargs)
+        counting_on_the_host(torch.compile(model, backend=observing, **_ISOLATED))(*args, **kwargs)
     return Report(graphs)
 
 

@@ -2,7 +2,8 @@
 
 ::
 
-    canonicalize → find_attention → prove_mask → classify_phase → find_modality → assign_patterns → rewrite → cleanup
+    canonicalize → find_attention → prove_mask → trim_keys → classify_phase → find_modality → assign_patterns
+    → rewrite → cleanup
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ from mmi_compile.passes.find_attention import FindAttention
 from mmi_compile.passes.find_modality import FindModality
 from mmi_compile.passes.prove_mask import ProveMask
 from mmi_compile.passes.rewrite import Rewrite
+from mmi_compile.passes.trim_keys import TrimKeys
 
 PIPELINE: tuple[Pass, ...] = (
     Canonicalize(),
     FindAttention(),
     ProveMask(),
+    TrimKeys(),
     ClassifyPhase(),
     FindModality(),
     AssignPatterns(),

@@ -9,6 +9,13 @@ import torch
 from torch import fx
 
 from mmi_compile.passes.base import PassContext
+from mmi_compile.passes.canonicalize_products import (
+    ENCODER_LAYER,
+    MULTIHEAD,
+    spell_out_encoder_layer,
+    spell_out_multihead,
+    spell_out_product,
+)
 from mmi_compile.passes.nodes import argument, is_call, node_argument, tensor_of
 
 SDPA = torch.nn.functional.scaled_dot_product_attention
@@ -41,6 +48,8 @@ class Canonicalize:
         → scaled_dot_product_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=True, scale=None, …)
         dropout(x, p=0.1, training=False), dropout(x, p=0.0), x.to(x.dtype)
         → x
+        einsum("bhid,bhjd->bhij", q, k), next to a softmax
+        → matmul(q, k.permute(0, 1, 3, 2))
     """
 
     name: str = "canonicalize"
@@ -49,7 +58,11 @@ class Canonicalize:
         for node in list(gm.graph.nodes):
             if is_call(node, _SDPA_FORMS):
                 _spell_out(node)
-            elif (same := _identity_of(node)) is not None:
+            elif is_call(node, (MULTIHEAD,)):
+                spell_out_multihead(node, SDPA)
+            elif is_call(node, (ENCODER_LAYER,)):
+                spell_out_encoder_layer(node, SDPA)
+            elif (same := _identity_of(node) or spell_out_product(node)) is not None:
                 node.replace_all_uses_with(same)
                 gm.graph.erase_node(node)
 

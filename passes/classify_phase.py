@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
@@ -48,7 +48,7 @@ def _classify(site: AttentionSite, context: PassContext) -> None:
         return site.leave(Reason.BIDIRECTIONAL, fact.expression)
     if not _offset_is_usable(fact.offset, q.shape[2], k.shape[2]):
         return site.leave(Reason.UNKNOWN_OFFSET, f"offset {fact.offset}, q_len {q.shape[2]}, kv_len {k.shape[2]}")
-    if fact.window is not None and not fact.window.is_Integer:
+    if fact.window is not None and not _fix_window(site, fact.window):
         return site.leave(Reason.UNKNOWN_MASK, f"window {fact.window} is not a constant")
     dropout = value_of(site.dropout_p)
     if dropout != 0.0:
@@ -56,6 +56,22 @@ def _classify(site: AttentionSite, context: PassContext) -> None:
     if context.needs_grad:
         return site.leave(Reason.GRAD_ENABLED)
     return _check_kernel(site, q)
+
+
+def _fix_window(site: AttentionSite, window: sympy.Expr) -> bool:
+    """Take the window as a constant. With ``dynamic=True`` it is a symbol, as every number of a model's Python code; a
+    model has one, so this takes its value, and Dynamo then guards it."""
+    if window.is_Integer:
+        return True
+    for node in site.node.graph.find_nodes(op="placeholder"):
+        value = value_of(node)
+        if isinstance(value, torch.SymInt) and value.node.expr in window.free_symbols and value.node.has_hint():
+            changes = {value.node.expr: sympy.Integer(int(value))}
+            window = sympy.expand(window.xreplace(changes))
+            assert site.mask_fact is not None
+            offset = sympy.expand(site.mask_fact.offset.xreplace(changes))
+            site.mask_fact = replace(site.mask_fact, window=window, offset=offset)
+    return bool(window.is_Integer)
 
 
 def _check_kernel(site: AttentionSite, q: torch.Tensor) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from mmi_compile.passes.mask_aliasing import changed
-from mmi_compile.passes.nodes import tensor_of
+from mmi_compile.passes.nodes import storage_of, tensor_of
 
 if TYPE_CHECKING:
     Dag: TypeAlias = nx.DiGraph[fx.Node]
@@ -59,8 +59,9 @@ def _storages(node: fx.Node) -> set[int] | None:
     parts = value if isinstance(value, (tuple, list)) else (value,)
     found = set()
     for part in parts:
-        if isinstance(part, torch.Tensor) and part.layout is torch.strided:
-            found.add(int(part.untyped_storage()._cdata))
+        storage = storage_of(part) if isinstance(part, torch.Tensor) else None
+        if storage is not None:
+            found.add(storage)
         elif not isinstance(part, (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)):
             return None
     return found

@@ -12,6 +12,7 @@ from torch import fx
 from mmi_compile.decision import Reason
 from mmi_compile.passes.base import AttentionSite, PassContext
 from mmi_compile.passes.canonicalize import SDPA, sdpa_arguments
+from mmi_compile.passes.canonicalize_products import ENCODER_LAYER, MULTIHEAD, multihead_arguments
 from mmi_compile.passes.dataflow import may_alias, mutated_between, mutates
 from mmi_compile.passes.location import layer_of, module_of, source_of
 from mmi_compile.passes.mask_aliasing import changed
@@ -56,14 +57,14 @@ class FindAttention:
     def run(self, gm: fx.GraphModule, context: PassContext) -> None:
         known = set(gm.graph.nodes)
         for node in list(gm.graph.nodes):
-            site = _from_sdpa(node) or _from_softmax(node)
+            site = _from_sdpa(node) or _from_softmax(node) or _from_closed(node)
             if site is None:
                 continue
             _describe(site, context)
             _check_shapes(site)
             if site.open:
                 _fold_repeated_heads(site)
-            site.shapes = _shapes(site)
+            site.shapes = describe_shapes(site)
             context.sites.append(site)
         # What was inserted to read a mask goes again unless the rewritten attention reads it too.
         context.dead_candidates |= set(gm.graph.nodes) - known
@@ -86,6 +87,37 @@ def _from_sdpa(node: fx.Node) -> AttentionSite | None:
     if not isinstance(causal, bool):
         site.leave(Reason.UNKNOWN_MASK, "is_causal is not a constant")
     return site
+
+
+def _from_closed(node: fx.Node) -> AttentionSite | None:
+    """Attention inside an operator that does more than attention: found, so that the report can say why it stays."""
+    if is_call(node, (MULTIHEAD,)):
+        given = multihead_arguments(node)
+        inputs = [given[name] for name in ("query", "key", "value")]
+        reason, detail = _why_closed(node, given)
+    elif is_call(node, (ENCODER_LAYER,)):
+        inputs = [argument(node, 0, "src")] * 3
+        reason, detail = Reason.SHAPE, "PyTorch's fused nn.TransformerEncoderLayer"
+    elif is_call(node, (torch.ops.higher_order.flex_attention,)):
+        inputs = list(node.args[:3])
+        reason, detail = Reason.UNKNOWN_MASK, "flex_attention, whose block mask is data of the graph"
+    else:
+        return None
+    if not all(isinstance(x, fx.Node) for x in inputs):
+        return None
+    site = AttentionSite(node=node, q=inputs[0], k=inputs[1], v=inputs[2], form="closed")
+    site.leave(reason, detail)
+    return site
+
+
+def _why_closed(node: fx.Node, given: dict[str, Any]) -> tuple[Reason, str]:
+    """What keeps ``nn.MultiheadAttention`` from being written out."""
+    name = "nn.MultiheadAttention"
+    if any(user.users and argument(user, 1, "index") == 1 for user in node.users):
+        return Reason.WEIGHTS_USED, name
+    if given["training"] is not False and given["dropout_p"] != 0:
+        return Reason.DROPOUT, f"{name}, dropout_p={value_of(given['dropout_p'])}"
+    return Reason.SHAPE, f"{name} with inputs without a batch, extra keys or several projections"
 
 
 # --- matmul → softmax → matmul -----------------------------------------------------------------------------------
@@ -131,12 +163,53 @@ def _from_softmax(node: fx.Node) -> AttentionSite | None:
         node=weights.output, q=scores.q, k=scores.k, v=weights.v, form="eager", mask=scores.mask, scale=scores.scale,
         dropout_p=weights.dropout_p,
     )  # fmt: skip
+    path = [*scores.path, *weights.path]
+    _split_heads(site, path)
     if weights.used:
         site.leave(Reason.WEIGHTS_USED, weights.used)
     if scores.unread:
         site.leave(Reason.UNKNOWN_MASK, scores.unread)
-    _check_stable(site, [*scores.path, *weights.path])
+    _check_stable(site, path)
     return site
+
+
+def _split_heads(site: AttentionSite, path: list[fx.Node]) -> None:
+    """Where batch and heads share one dimension, see it as the two that the surrounding views tell apart; as heads of
+    one batch element where there is no such view.
+
+    ::
+
+        out = bmm(softmax(bmm(q, kᵀ)), v)                                [B * H, N, D]
+        → the site computes out.unflatten(0, (-1, H)) of q.unflatten(0, (-1, H)), …
+    """
+    output, tensors = site.node, [tensor_of(node) for node in (site.node, site.q, site.k, site.v)]
+    if not all(tensor is not None and tensor.dim() == 3 for tensor in tensors):
+        return
+    views = [node for node in [*path, *output.users, site.q, site.k, site.v] if _is_head_view(node)]
+    seen = [tensor_of(other) for node in views for other in (node, node.args[0])]
+    heads = next((t.shape[1] for t in seen if t is not None and t.dim() == 4 and isinstance(t.shape[1], int)), None)
+    for name in ("q", "k", "v"):
+        setattr(site, name, _split(getattr(site, name), heads, output))
+    after = output.next
+    site.node = _seen_apart(output, heads, after)
+    flat = insert_call(after, torch.flatten, site.node, 0, 1)
+    output.replace_all_uses_with(flat, delete_user_cb=lambda user: user is not site.node)
+
+
+def _split(flat: fx.Node, heads: int | None, before: fx.Node) -> fx.Node:
+    """``flat`` with batch and heads apart; what it was merged from, if that still holds the same."""
+    whole = flat.args[0] if _is_head_view(flat) else None
+    if isinstance(whole, fx.Node) and not mutated_between(flat, before, whole):
+        tensor = tensor_of(whole)
+        if tensor is not None and heads is not None and same(tensor.shape[1], heads):
+            return whole
+    return _seen_apart(flat, heads, before)
+
+
+def _seen_apart(flat: fx.Node, heads: int | None, before: fx.Node) -> fx.Node:
+    if heads is None:
+        return insert_call(before, torch.unsqueeze, flat, 0)
+    return insert_call(before, torch.unflatten, flat, 0, (-1, heads))
 
 
 def _check_stable(site: AttentionSite, path: list[fx.Node]) -> None:
@@ -161,7 +234,7 @@ def _follow_weights(path: list[fx.Node], dropout_p: Any = 0.0, used: str = "") -
             return _Weights(path, user, v, dropout_p, used or _read_by(others))
     for user in node.users:
         others = [other.name for other in node.users if other is not user]
-        if _is_cast(user) or is_call(user, methods=("contiguous",)):
+        if _is_cast(user) or _is_head_view(user) or is_call(user, methods=("contiguous",)):
             found = _follow_weights([*path, user], dropout_p, used or _read_by(others))
         elif is_call(user, _DROPOUT) and argument(user, 0, "input") is node:
             found = _follow_weights([*path, user], argument(user, 1, "p", 0.5), used or _read_by(others))
@@ -269,8 +342,21 @@ def _is_cast(node: fx.Node) -> bool:
     return before is not None and after is not None and after.dtype in _FLOATS and after.device == before.device
 
 
+def _is_head_view(node: fx.Node) -> bool:
+    """``[B * H, N, S]`` seen as ``[B, H, N, S]``, or the other way round."""
+    if not is_call(node, (torch.reshape, torch.flatten, torch.unflatten), ("view", "reshape", "flatten", "unflatten")):
+        return False
+    before, after = tensor_of(node.args[0]), tensor_of(node)
+    if before is None or after is None or {before.dim(), after.dim()} != {3, 4} or before.dtype is not after.dtype:
+        return False
+    if not all(same(before.shape[d], after.shape[d]) for d in (-2, -1)):
+        return False
+    flat, split = (before, after) if before.dim() == 3 else (after, before)
+    return same(flat.shape[0], split.shape[0] * split.shape[1])
+
+
 def _skip_casts(node: fx.Node, path: list[fx.Node]) -> fx.Node:
-    while _is_cast(node) and isinstance(node.args[0], fx.Node):
+    while (_is_cast(node) or _is_head_view(node)) and isinstance(node.args[0], fx.Node):
         path.append(node)
         node = node.args[0]
     return node
@@ -454,7 +540,9 @@ def _inserts_at_two(node: fx.Node) -> bool:
     return is_call(node, (torch.unsqueeze,), ("unsqueeze",)) and argument(node, 1, "dim") in (2, -3)
 
 
-def _shapes(site: AttentionSite) -> str:
+def describe_shapes(site: AttentionSite) -> str:
+    """Shapes of q and k and the dtype, as reports show them."""
+
     def text(node: fx.Node) -> str:
         tensor = tensor_of(node)
         return "?" if tensor is None else "[" + ", ".join(str(s) for s in tensor.shape) + "]"

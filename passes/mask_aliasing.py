@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from mmi_compile.passes.mask_symbols import example
+from mmi_compile.passes.nodes import storage_of
 
 # What may return its own input, or a view of it.
 VIEWS = frozenset(
@@ -129,6 +130,4 @@ def _short_name(node: fx.Node) -> str:
 
 def _storage(node: fx.Node) -> int | None:
     value = example(node)
-    if not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
-        return None
-    return int(value.untyped_storage()._cdata)
+    return storage_of(value) if isinstance(value, torch.Tensor) else None

@@ -17,6 +17,7 @@ import torch
 from sympy.core.symbol import Str
 from sympy.logic.boolalg import Boolean
 from torch import fx
+from torch.utils._sympy.functions import Max, Min
 
 Scalar: TypeAlias = int | float | bool
 
@@ -48,12 +49,24 @@ def symbolic(value: Any) -> sympy.Expr:
         expr = getattr(value.node, "expr", None)  # nested-tensor sizes have none
         if expr is None:
             raise TypeError(f"not an integer expression: {value!r}")
-        return sympy.sympify(expr)
+        return _decide(sympy.sympify(expr), value.node.shape_env)
     if isinstance(value, int) and not isinstance(value, bool):
         return sympy.Integer(value)
     if isinstance(value, sympy.Expr) and value.is_integer:
         return value
     raise TypeError(f"not an integer: {value!r}")
+
+
+def _decide(expr: sympy.Expr, shape_env: Any) -> sympy.Expr:
+    """``expr`` without the maxima and minima whose outcome the graph's own guards settle. The position of a sliding
+    cache's first key is ``max(0, seen - window + 1)``, and whether the cache is full was guarded."""
+    for choice in sorted(expr.atoms(Max, Min), key=sympy.count_ops):
+        sign = 1 if isinstance(choice, Max) else -1
+        for taken in choice.args:
+            if all(shape_env.bound_sympy(sign * (taken - other)).lower >= 0 for other in choice.args):
+                expr = expr.xreplace({choice: taken})
+                break
+    return expr
 
 
 def same(left: sympy.Expr, right: sympy.Expr) -> bool:

@@ -34,6 +34,17 @@ def same_shape(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.dim() == b.dim() and all(same(x, y) for x, y in zip(a.shape, b.shape, strict=True))
 
 
+def storage_of(tensor: torch.Tensor) -> int | None:
+    """Which memory a traced tensor stands for; None for sparse and nested tensors, which have none of their own.
+
+    Inside a transform such as ``vmap`` the traced value wraps the tensor that has the memory.
+    """
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = functorch.get_unwrapped(tensor)
+    return int(tensor.untyped_storage()._cdata) if tensor.layout is torch.strided else None
+
+
 def is_call(node: Any, functions: tuple[Any, ...] = (), methods: tuple[str, ...] = ()) -> bool:
     """Is ``node`` a call of one of these functions, or of one of these tensor methods?"""
     if not isinstance(node, fx.Node):

@@ -15,7 +15,7 @@ from mmi_compile.prompt_hook import PromptHook
 from mmi_compile.record import IMAGE_ONLY, Record
 from mmi_compile.runtime import ModalityRun
 from mmi_compile.visual_segments import VisualSegment
-from tests import harness, models
+from tests import families, harness, models
 
 pytestmark = pytest.mark.fresh_dynamo
 
@@ -68,7 +68,7 @@ def tags(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
     return seen
 
 
-def run(case: models.Interleaved, through: str, **options: Any) -> None:
+def run(case: families.Case, through: str, **options: Any) -> None:
     """One forward, compiled; its logits must be the model's."""
     chosen = {**OPTIONS, **options}
     with torch.no_grad():
@@ -80,7 +80,7 @@ def run(case: models.Interleaved, through: str, **options: Any) -> None:
         assert harness.relative_error(compiled(**case.inputs).logits, expected) < 1e-5
 
 
-def segments_of(case: models.Interleaved) -> list[VisualSegment]:
+def segments_of(case: families.Case) -> list[VisualSegment]:
     found = []
     for modality, (frames, rows, columns), start, stride in case.media:
         stop = start + (frames - 1) * (stride or 0) + rows * columns
@@ -106,13 +106,13 @@ HOOKED = [
 
 @pytest.mark.parametrize(("family", "changes", "source"), HOOKED)
 def test_the_pre_hook_knows_modality_and_grids(family, changes, source, runs):
-    case = models.interleaved(family, **changes)
+    case = families.vision(family, **changes)
     run(case, "compile", strict=True)
     (ran,) = runs
     assert ran.source == source
     assert ran.ids.tolist() == case.types.tolist()
     assert list(ran.segments) == segments_of(case)
-    assert ran.grid_note == ("" if family in models.GRID_FAMILIES else "the forward was given no grids")
+    assert ran.grid_note == ("" if family in families.GRID_FAMILIES else "the forward was given no grids")
 
 
 BARE = [
@@ -128,7 +128,7 @@ BARE = [
 
 @pytest.mark.parametrize(("family", "changes", "source"), BARE)
 def test_bare_graphs_know_modality(family, changes, source, runs):
-    case = models.interleaved(family, **changes)
+    case = families.vision(family, **changes)
     run(case, "bare")
     (ran,) = runs
     assert ran.source == source
@@ -144,7 +144,7 @@ def test_bare_graphs_know_modality(family, changes, source, runs):
 @pytest.mark.parametrize("family", [pytest.param("qwen3_vl", marks=pytest.mark.slow), "gemma3"])
 def test_bare_graphs_record_also_where_no_attention_reads(family, tags, runs):
     """Deepstack breaks the graph between mask and attention, and Gemma3 masks image blocks: these are left alone."""
-    case = models.interleaved(family)
+    case = families.vision(family)
     run(case, "bare")
     assert not runs
     kinds, _ = record.told_apart(list(tags))
@@ -152,7 +152,7 @@ def test_bare_graphs_record_also_where_no_attention_reads(family, tags, runs):
 
 
 def test_gemma3s_record(hooked):
-    case = models.interleaved("gemma3")
+    case = families.vision("gemma3")
     run(case, "compile")
     (made,) = hooked
     assert made.source == f"{CONFIG} ({IMAGE_ONLY})"
@@ -162,14 +162,14 @@ def test_gemma3s_record(hooked):
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v"])
 def test_token_ids_and_brackets_serve_without_the_processors_types(family):
     """GLM4V marks frames by image tokens between a video's start and end."""
-    case = models.interleaved(family, with_token_types=False)
+    case = families.vision(family, with_token_types=False)
     found = PromptHook(case.model).read((), case.inputs)
     assert (found.source, found.ids.tolist()) == (CONFIG, case.types.tolist())
     assert list(found.segments) == segments_of(case)
 
 
 def test_explain_shows_grids_and_captures_deepstack_as_compile_does():
-    case = models.interleaved("qwen3_vl")
+    case = families.vision("qwen3_vl")
     made = mmi_compile.explain(case.model, options=OPTIONS, **case.inputs)
     assert len(made.rewritten) == 1
     assert case.model.model.language_model._compiled_call_impl is None
@@ -184,7 +184,7 @@ def test_explain_shows_grids_and_captures_deepstack_as_compile_does():
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "video_llama_3"])
 def test_generate_reads_the_grids_once(family, runs, hooked):
-    case = models.interleaved(family)
+    case = families.vision(family)
     expected = case.model.generate(**case.inputs, max_new_tokens=3, do_sample=False).tolist()
     mmi_compile.compile(case.model, strict=True, **OPTIONS)
     assert case.model.generate(**case.inputs, max_new_tokens=3, do_sample=False).tolist() == expected
@@ -199,7 +199,7 @@ def test_generate_reads_the_grids_once(family, runs, hooked):
 
 def test_a_model_fed_embeddings_never_sees_another_models_prompt(tags, runs):
     """The first model's attention is left alone, so its record is never read."""
-    image = models.interleaved("gemma3")
+    image = families.vision("gemma3")
     run(image, "bare")
     assert tags
     assert not runs
@@ -213,7 +213,7 @@ def test_a_model_fed_embeddings_never_sees_another_models_prompt(tags, runs):
 
 
 def test_a_language_model_alone_reads_where_features_go(runs):
-    case = models.interleaved("qwen3_vl", videos=())
+    case = families.vision("qwen3_vl", videos=())
     text = case.model.model.language_model
     tokens = case.types.shape[1]
     arguments = {

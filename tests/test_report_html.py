@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import mmi_compile
 from mmi_compile.report_html import render_html
-from tests import models
+from tests import families, models
 
 pytestmark = pytest.mark.fresh_dynamo
 
@@ -49,7 +49,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def page() -> str:
-    example = models.interleaved("qwen2_5_vl", shape=models.Shape(layers=2, heads=4, kv_heads=2))
+    example = families.vision("qwen2_5_vl", shape=models.Shape(layers=2, heads=4, kv_heads=2))
     report = mmi_compile.explain(example.model, options={"min_tokens": 0, "recall": 0.5}, **example.inputs)
     return render_html(report)
 

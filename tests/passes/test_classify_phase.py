@@ -206,10 +206,10 @@ def test_head_dims_without_a_kernel(dim, v_dim):
     assert str(dim) in site.decision.detail
 
 
-@pytest.mark.parametrize("form", ["sdpa", "eager"])
-def test_three_dimensions(form):
+def test_three_dimensions():
     inputs = [heads()[0] for _ in range(3)]
-    assert site_of(causal if form == "sdpa" else eager, *inputs).decision.reason is Reason.SHAPE
+    assert site_of(causal, *inputs).decision.reason is Reason.SHAPE
+    assert site_of(eager, *inputs).decision.rewritten
 
 
 def test_weights_that_are_returned():
@@ -253,3 +253,40 @@ def test_windows_of_symbolic_size_are_left_alone():
     gm = captured(function, heads(), heads(), heads(), dynamic=True)
     _, report = rewrite_graph(gm, EXACT)
     assert report.sites[0].decision.reason is Reason.UNKNOWN_MASK
+
+
+def merged(mask: Callable[[Tensor, Tensor], Tensor], where: str) -> Any:
+    """Batch and heads in one dimension for the products, apart (or not) for the mask."""
+
+    def function(q: Tensor, k: Tensor, live: Tensor) -> Tensor:
+        b, h, n, d = q.shape
+        q3, k3 = q.reshape(b * h, n, d), k.reshape(b * h, n, d)
+        scores = torch.bmm(q3, k3.transpose(1, 2))
+        visible = mask(torch.ones(n, n, dtype=torch.bool).tril(), live)
+        if where == "apart":
+            scores = scores.view(b, h, n, n).masked_fill(~visible, -math.inf).view(b * h, n, n)
+        else:
+            scores = scores.masked_fill(~visible, -math.inf)
+        return torch.bmm(torch.softmax(scores, -1), k3).view(b, h, n, d)
+
+    return function
+
+
+def test_padding_belongs_to_the_batch_where_heads_are_told_apart_for_the_mask():
+    live = torch.ones(2, N, dtype=torch.bool)
+    live[0, N - 4 :] = False
+    q, k = (torch.cat([heads(), heads() + n]) for n in (1, 2))
+    function = merged(lambda causal, live: causal & live[:, None, None, :], "apart")
+    gm = captured(function, q, k, live)
+    after, report = rewrite_graph(gm, EXACT)
+    assert report.sites[0].decision.rewritten
+    assert report.sites[0].mask == "causal and padding"
+    assert harness.relative_error(after(q, k, live)[0], gm(q, k, live)[0]) < 1e-5
+
+
+def test_padding_repeated_for_merged_heads_is_left_alone():
+    live = torch.ones(2, N, dtype=torch.bool)
+    q = torch.cat([heads(), heads() + 1])
+    function = merged(lambda causal, live: causal & live.repeat_interleave(2, 0)[:, None, :], "together")
+    site = site_of(function, q, q + 1, live)
+    assert site.decision.reason is Reason.UNKNOWN_MASK

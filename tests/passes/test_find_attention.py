@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -158,7 +159,6 @@ def test_weights_that_somebody_else_uses(function):
 
 
 SHAPES = {
-    "three dimensions": ((3, N, 8), (3, N, 8), None),
     "two dimensions": ((N, 8), (N, 8), None),
     "broadcast batch": ((2, 4, N, 8), (1, 4, N, 8), None),
     "a mask of more heads": ((2, 1, N, 8), (2, 1, N, 8), (2, 3, N, N)),
@@ -172,6 +172,69 @@ def test_other_shapes_are_left_alone(name):
     mask = torch.zeros(m or (N, N))
     (site,) = found(lambda q, k, m: soft(q @ k.mT + m) @ k, torch.randn(q), torch.randn(k), mask)
     assert site.decision.reason is Reason.SHAPE
+
+
+def _merged(x: Tensor) -> Tensor:
+    return x.reshape(-1, *x.shape[-2:])
+
+
+MERGED = {
+    "views of the operands": lambda q, k: torch.bmm(soft(torch.bmm(_merged(q), _merged(k).mT)), _merged(k)),
+    "a view of the scores": lambda q, k: torch.bmm(
+        _merged(soft(torch.bmm(_merged(q), _merged(k).mT).view(2, 4, N, N) / 2.0)), _merged(k)
+    ),
+    "scaled in baddbmm": lambda q, k: torch.bmm(
+        soft(torch.baddbmm(torch.zeros(8, N, N), _merged(q), _merged(k).mT, alpha=0.5)), _merged(k)
+    ),
+    "empty in baddbmm": lambda q, k: torch.bmm(
+        soft(torch.baddbmm(torch.empty(8, N, N), _merged(q), _merged(k).mT, beta=0.0, alpha=0.5)), _merged(k)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MERGED)
+def test_heads_merged_with_the_batch_are_told_apart(name):
+    (site,) = found(MERGED[name], heads(4), heads(4))
+    assert site.open
+    assert site.scale == (1.0 if name == "views of the operands" else 0.5)
+    assert [node.name for node in (site.q, site.k, site.v)] == ["l_q_", "l_k_", "l_k_"]
+    assert tensor_of(site.node).shape[1] == 4
+
+
+def test_without_a_view_all_are_heads_of_one_batch_element():
+    (site,) = found(lambda q, k: soft(q @ k.mT) @ k, heads(4)[0], heads(4)[0])
+    assert site.open
+    assert [tuple(tensor_of(node).shape) for node in (site.node, site.q, site.k)] == [(1, 4, N, 8)] * 3
+
+
+def test_what_was_merged_may_have_changed_since():
+    def function(q, k):
+        flat = _merged(q)
+        q.mul_(2.0)
+        return soft(flat @ _merged(k).mT) @ _merged(k)
+
+    (site,) = found(function, heads(4), heads(4))
+    assert not site.open or site.q.name != "l_q_"
+
+
+def _multihead(**arguments: Any) -> torch.nn.MultiheadAttention:
+    return torch.nn.MultiheadAttention(16, 2, batch_first=True, **arguments).eval()
+
+
+CLOSED = {
+    "weights that are read": (_multihead(), lambda m, x: m(x, x, x), Reason.WEIGHTS_USED),
+    "no batch": (_multihead(), lambda m, x: m(x[0], x[0], x[0], need_weights=False)[0], Reason.SHAPE),
+    "an extra key": (_multihead(add_zero_attn=True), lambda m, x: m(x, x, x, need_weights=False)[0], Reason.SHAPE),
+    "dropout": (_multihead(dropout=0.5).train(), lambda m, x: m(x, x, x, need_weights=False)[0], Reason.DROPOUT),
+}
+
+
+@pytest.mark.parametrize("name", CLOSED)
+def test_a_closed_operator_is_named(name):
+    module, call, reason = CLOSED[name]
+    (site,) = found(lambda x: call(module, x), torch.randn(2, N, 16))
+    assert (site.form, site.decision.reason) == ("closed", reason)
+    assert "nn.MultiheadAttention" in site.decision.detail
 
 
 def test_one_key_head_serves_all_query_heads():

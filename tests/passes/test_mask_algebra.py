@@ -573,3 +573,32 @@ def test_padding_joined_from_pieces_is_no_proof_of_their_length() -> None:
     causal = b.method("tril", b.call(torch.ones, b.q_len, b.kv_len, dtype=torch.bool))
     fact = prove(b.call(operator.and_, causal, live), q_len=b.q_len, kv_len=b.kv_len, batch=b.batch)
     assert fact.padding is None or same(symbolic(fact.padding.meta["example_value"].shape[1]), symbolic(b.kv_len))
+
+
+def test_a_maximum_that_a_guard_settles_is_settled() -> None:
+    """A sliding cache that is full: positions count from ``max(0, seen - window + 1)``."""
+
+    def function(q: Tensor, k: Tensor, seen: int) -> Tensor:
+        first = max(0, seen - 8 + 1)
+        if seen < 8:
+            return q
+        i, j = torch.arange(q.shape[2])[:, None] + seen, torch.arange(k.shape[2])[None] + first
+        return F.scaled_dot_product_attention(q, k, k, attn_mask=j <= i)
+
+    recorder = capture(function, torch.randn(1, 1, 5, 8), torch.randn(1, 1, 12, 8), 20, dynamic=True)
+    (gm,) = recorder.graphs
+    (mask,) = [node for node in gm.graph.nodes if node.target in (operator.le, "__le__")]
+    q, k = (node.meta["example_value"] for node in gm.graph.nodes if node.name in ("l_q_", "l_k_"))
+    fact = prove(mask, q_len=q.shape[2], kv_len=k.shape[2])
+    assert (fact.causal, fact.offset) == (True, 7)
+
+
+def test_masks_made_under_vmap_are_refused_and_no_failure() -> None:
+    def function(q: Tensor) -> Tensor:
+        rows = torch.arange(5)
+        visible = torch.vmap(torch.vmap(lambda i, j: (j <= i) & (i - j < 3), (None, 0)), (0, None))(rows, rows)
+        return F.scaled_dot_product_attention(q, q, q, attn_mask=visible)
+
+    (gm,) = capture(function, torch.randn(1, 1, 5, 8), fullgraph=True).graphs
+    (attention,) = [node for node in gm.graph.nodes if "attn_mask" in node.kwargs]
+    assert not prove(attention.kwargs["attn_mask"], q_len=5, kv_len=5).known

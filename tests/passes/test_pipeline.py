@@ -327,8 +327,8 @@ def test_the_memory_order_that_a_later_view_counts_on_is_kept(shape):
 def test_pass_names_are_unique_and_in_the_documented_order():
     names = [step.name for step in PIPELINE]
     assert names == [
-        "canonicalize", "find_attention", "prove_mask", "classify_phase", "find_modality", "assign_patterns",
-        "rewrite", "cleanup",
+        "canonicalize", "find_attention", "prove_mask", "trim_keys", "classify_phase", "find_modality",
+        "assign_patterns", "rewrite", "cleanup",
     ]  # fmt: skip
 
 
