@@ -27,12 +27,12 @@ from rich.console import RenderableType
 from rich.table import Table
 from torch import Tensor
 
-from mmi_compile.bench import describe_device, versions
 from mmi_compile.bench_cases import TEXT, VIDEO, Case, make_inputs, parse_cases, video_prompt
 from mmi_compile.bench_measure import time_call
 from mmi_compile.bench_peers import Family, kernel_families
 from mmi_compile.bench_rows import DTYPES
 from mmi_compile.decision import MMIError
+from mmi_compile.environment import describe_device, versions
 from mmi_compile.kernels.boundaries import build_bounded_plan
 from mmi_compile.kernels.cost import Coefficients, Work, default_coefficients, plan_work
 from mmi_compile.kernels.frames import TileShape

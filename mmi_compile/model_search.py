@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from mmi_compile import record, runtime
 from mmi_compile.backend import compile_graph
-from mmi_compile.bench import versions
 from mmi_compile.calibrate import cost_model, tile_counts
 from mmi_compile.decision import Reason
+from mmi_compile.environment import versions
 from mmi_compile.frontend import _ISOLATED, _apart, _uncompiled, _unlimited
 from mmi_compile.head_choice import Choice, LayerResult, Mode, Scored, choose
 from mmi_compile.head_config import Fingerprint, HeadConfig, HeadEntry, Provenance

@@ -13,7 +13,7 @@ import torch
 @contextmanager
 def span(name: str) -> Iterator[None]:
     """A named range in profiles (in NVTX under ``torch.autograd.profiler.emit_nvtx``); free when none is taken."""
-    if not torch.autograd._profiler_enabled():
+    if not torch._C._autograd._profiler_enabled():
         yield
         return
     with torch.profiler.record_function(name):
@@ -45,4 +45,4 @@ class Stopwatch:
         """Seconds; waits for the device."""
         for _, end in self.events:
             end.synchronize()
-        return self.seconds + sum(begin.elapsed_time(end) for begin, end in self.events) / 1e3
+        return self.seconds + sum(float(begin.elapsed_time(end)) for begin, end in self.events) / 1e3

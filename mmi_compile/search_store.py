@@ -15,8 +15,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from mmi_compile.bench import describe_device
 from mmi_compile.calibrate import CostModel
+from mmi_compile.environment import describe_device
 from mmi_compile.head_measure import HeadSearchError, Measuring
 from mmi_compile.head_search import Candidates, Searcher, Survey, unpack
 from mmi_compile.kernels.geometry import Geometry

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 
 from torch._dynamo.utils import counters
-from torch._logging import trace_structured
+from torch._logging._internal import trace_structured
 
 from mmi_compile.report import GraphReport, Report
 
@@ -58,11 +59,9 @@ def _trace(graph: GraphReport) -> None:
     """Payloads are made only where a trace is being written."""
     if not graph.sites:
         return
-    artifacts = (
-        ("mmi_report", "json", lambda: json.dumps(Report([graph]).to_json(), default=str)),
-        ("mmi_rewritten_graph", "string", graph.code),
-    )
-    for name, encoding, payload in artifacts:
-        trace_structured(
-            "artifact", metadata_fn=lambda n=name, e=encoding: {"name": n, "encoding": e}, payload_fn=payload
-        )
+    _artifact("mmi_report", "json", lambda: json.dumps(Report([graph]).to_json(), default=str))
+    _artifact("mmi_rewritten_graph", "string", graph.code)
+
+
+def _artifact(name: str, encoding: str, payload: Callable[[], str]) -> None:
+    trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": encoding}, payload_fn=payload)

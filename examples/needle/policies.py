@@ -19,7 +19,7 @@ from mmi_compile.kernels.patterns import AShape, Grid, Pattern, TriShape, Vertic
 
 PATTERNS: dict[str, Callable[..., Pattern]] = {kind.name: kind for kind in (AShape, TriShape, VerticalSlash, Grid)}
 FORMS = (
-    "dense (not compiled), exact, adaptive, adaptive:RECALL, a_shape:SINK,LOCAL, tri_shape:SINK,LOCAL,LAST,"
+    "dense (not compiled), exact, adaptive, adaptive:RECALL, adaptive:RECALL,MIN_RECALL, a_shape:SINK,LOCAL, tri_shape:SINK,LOCAL,LAST,"
     " vertical_slash:COLUMNS,DIAGONALS, grid:STRIDE,SINK,LOCAL, or the path of a head config"
 )
 
@@ -31,7 +31,7 @@ class Policy:
     Attributes:
         text: as it was written.
         name: ``dense``, ``exact``, ``adaptive``, or ``config``.
-        recall: target of ``adaptive``, or None for the default.
+        recall: target of ``adaptive``, or None for the default; min_recall: of its guard, or None for none.
         pattern: of all heads, for ``config``; else ``path`` is that of a head config.
     """
 
@@ -40,12 +40,15 @@ class Policy:
     recall: float | None = None
     pattern: Pattern | None = None
     path: str | None = None
+    min_recall: float | None = None
 
     def options(self, model: Any) -> dict[str, Any]:
         """Options of ``mmi_compile.compile``. ``min_tokens`` is 0: short prompts are to be sparse as well."""
         options: dict[str, Any] = {"policy": self.name, "inner": "eager", "min_tokens": 0, "strict": True}
         if self.recall is not None:
             options["recall"] = self.recall
+        if self.min_recall is not None:
+            options["min_recall"] = self.min_recall
         if self.pattern is not None:
             options["head_config"] = uniform(self.pattern, model)
         elif self.path is not None:
@@ -66,7 +69,10 @@ def parse_policy(text: str) -> Policy:
         return Policy(text, "config", path=text)
     try:
         if name == "adaptive":
-            return Policy(text, name, recall=float(sizes) if sizes else None)
+            shares = [float(share) for share in sizes.split(",")] if sizes else []
+            if len(shares) > 2:
+                raise ValueError("it takes a recall and a min_recall")
+            return Policy(text, name, *shares[:1], min_recall=shares[1] if len(shares) == 2 else None)
         if name in PATTERNS:
             return Policy(text, "config", pattern=PATTERNS[name](*(int(size) for size in sizes.split(","))))
     except (TypeError, ValueError) as error:
