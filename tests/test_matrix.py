@@ -57,6 +57,7 @@ def test_a_cell(name, setting):
     check(matrix.run(name, setting))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.parametrize("name", matrix.names())
 def test_every_pair_of_settings(name):
@@ -69,6 +70,7 @@ def test_ten_prompts_take_two_compilations(name):
     assert matrix.compilations(name, count=4 if name == "llama" else 10) <= 2
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*families.VISION, *families.TEXT])
 def test_ten_prompts_of_every_family_take_two_compilations(name):

@@ -19,8 +19,8 @@ from mmi_compile.kernels.patterns import AShape, Grid, Pattern, TriShape, Vertic
 
 PATTERNS: dict[str, Callable[..., Pattern]] = {kind.name: kind for kind in (AShape, TriShape, VerticalSlash, Grid)}
 FORMS = (
-    "dense (not compiled), exact, adaptive, adaptive:RECALL, adaptive:RECALL,MIN_RECALL, a_shape:SINK,LOCAL, tri_shape:SINK,LOCAL,LAST,"
-    " vertical_slash:COLUMNS,DIAGONALS, grid:STRIDE,SINK,LOCAL, or the path of a head config"
+    "dense (not compiled), exact, adaptive, adaptive:RECALL, adaptive:RECALL,MIN_RECALL, a_shape:SINK,LOCAL,"
+    " tri_shape:SINK,LOCAL,LAST, vertical_slash:COLUMNS,DIAGONALS, grid:STRIDE,SINK,LOCAL, or the path of a head config"
 )
 
 
