@@ -279,6 +279,105 @@ def search(
         _print(terminal_map(config))
 
 
+_OPTION = typer.Option(
+    "--option", "-o", metavar="NAME=VALUE", help="An option of the backend, as in MMI_NAME=VALUE; repeatable."
+)
+
+
+@app.command()
+def explain(
+    script: Annotated[str, typer.Argument(metavar="SCRIPT.py:FUNCTION", help="A function that returns model, inputs.")],
+    option: Annotated[list[str] | None, _OPTION] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    html: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Write the report as a page.")] = None,
+    code: Annotated[bool, typer.Option("--code", help="Print the rewritten graphs as well.")] = False,
+) -> None:
+    """Say what happens to each attention of a model, and why."""
+    report = _explained(script, option, {}, [html])
+    if html is not None:
+        html.write_text(report.html(), encoding="utf-8")
+    if as_json:
+        print(report.dumps())
+        return
+    print(report)
+    if code:
+        print(report.code())
+
+
+@app.command()
+def verify(
+    script: Annotated[str, typer.Argument(metavar="SCRIPT.py:FUNCTION", help="A function that returns model, inputs.")],
+    option: Annotated[list[str] | None, _OPTION] = None,
+    rows: Annotated[int, typer.Option(help="Rows of the prompt that are compared with exact attention.", min=1)] = 64,
+    least_recall: Annotated[
+        float, typer.Option(help="Fail, with exit code 1, when a head keeps less.", min=0, max=1)
+    ] = 0.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print recall and error of every head as JSON.")] = False,
+) -> int:
+    """Compare every sparse head with exact attention on some rows of the prompt."""
+    report = _explained(script, option, {"verify": 1.0, "guard_rows": rows}, [])
+    told = [(site.layer, site.where, run) for site, run in report.runs() if run["guard"] is not None]
+    if as_json:
+        print(json.dumps([{"layer": layer, "where": where, **run["guard"]} for layer, where, run in told], indent=1))
+    else:
+        _print(
+            _verify_table(told) if told else "no head ran sparse: there is nothing to verify (see option min_tokens)"
+        )
+    recalls = [x for _, _, run in told for x in run["guard"]["recall_per_head"]]
+    return FAILURE if any(x is None or x < least_recall for x in recalls) else 0
+
+
+def _verify_table(told: list[tuple[int | None, str, dict[str, Any]]]) -> Any:
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for heading in ("layer", "density", "least recall", "mean recall", "largest error", "worst head"):
+        table.add_column(heading, justify="right")
+    for layer, where, run in told:
+        recall, error = (
+            [float("nan") if x is None else x for x in run["guard"][f"{name}_per_head"]] for name in ("recall", "error")
+        )
+        worst = min(range(len(recall)), key=lambda head: recall[head])
+        table.add_row(
+            where if layer is None else str(layer), f"{run['density']:.1%}", f"{recall[worst]:.3f}",
+            f"{sum(recall) / len(recall):.3f}", f"{max(error):.2g}", f"{worst}: {run['patterns'][0][worst]}",
+        )  # fmt: skip
+    return table
+
+
+def _explained(script: str, given: list[str] | None, more: dict[str, Any], files: list[Path | None]) -> Any:
+    import os
+
+    import mmi_compile
+    from mmi_compile.decision import MMIError
+    from mmi_compile.options import OptionError, Options, env_name
+
+    for path in files:
+        if path is not None and not path.absolute().parent.is_dir():
+            raise CommandError(f"cannot write {path}: there is no folder {path.parent}")
+    pairs = [word.partition("=") for word in given or []]
+    if any(not separator for _, separator, _ in pairs):
+        raise CommandError("--option takes NAME=VALUE, such as --option policy=exact")
+    try:
+        # Text is read as that of the environment is, which these values go before.
+        known = {env_name(name): value for name, _, value in pairs}
+        for name, _, _ in pairs:
+            if not hasattr(Options, name):
+                Options.from_mapping({name: None})  # raises, and suggests the nearest name
+        chosen = Options.from_mapping(None, {**os.environ, **known})
+    except OptionError as error:
+        raise CommandError(str(error)) from None
+    options = {name: getattr(chosen, name) for name in vars(chosen)} | more
+    model, inputs = _built(script)
+    prompt = inputs[0] if isinstance(inputs, list | tuple) and inputs else inputs
+    if not isinstance(prompt, dict):
+        raise CommandError(f"{script} must return the model and a dict of its forward arguments, or a list of them")
+    try:
+        return mmi_compile.explain(model, options=options, **prompt)
+    except MMIError as error:
+        raise CommandError(str(error), FAILURE) from None
+
+
 def _built(place: str) -> tuple[Any, Any]:
     """What ``FUNCTION`` of ``SCRIPT.py:FUNCTION`` returns: a model, and its inputs or a list of them."""
     import runpy

@@ -168,6 +168,11 @@ class Report:
     def rewritten(self) -> list[SiteReport]:
         return [site for site in self.sites if site.decision is not None and site.decision.rewritten]
 
+    def runs(self) -> list[tuple[SiteReport, dict[str, Any]]]:
+        """Each rewritten attention that has run, and its last run as in the JSON report."""
+        found = [(site, run_to_json(site.key)) for site in self.rewritten]
+        return [(site, run) for site, run in found if run is not None]
+
     def summary(self) -> str:
         """One line: what was rewritten, and what was left alone for which reasons."""
         sites, done = self.sites, self.rewritten

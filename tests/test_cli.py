@@ -111,3 +111,81 @@ def test_help_is_light_and_the_module_runs() -> None:
         [sys.executable, "-m", "mmi_compile", "--version"], capture_output=True, text=True, check=True, timeout=120
     )
     assert ran.stdout.strip() == mmi_compile.__version__
+
+
+SCRIPT = """
+import torch
+from torch import nn
+
+class Local(nn.Module):
+    def forward(self, x):
+        q = x.unflatten(-1, (2, 16)).transpose(1, 2)
+        return nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
+
+def build():
+    place = torch.arange(700.0)[None, :, None] / 40 + torch.arange(32.0) * 0.1
+    return Local(), [{"x": 4 * torch.cat([place.sin(), place.cos()], -1)[..., :32]}]
+
+def other():
+    return Local(), 3
+
+broken = lambda: 1 / 0
+"""
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    path = tmp_path / "script.py"
+    path.write_text(SCRIPT)
+    return path
+
+
+@pytest.mark.fresh_dynamo
+def test_explain(script: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "report.html"
+    assert cli.main(["explain", f"{script}:build", "-o", "policy=exact", "--html", str(page), "--code"]) == 0
+    text = capsys.readouterr().out
+    assert "1 of 1 attentions rewritten" in text
+    assert "torch.ops.mmi.attention" in text
+    assert "1 of 1 attentions rewritten" in page.read_text()
+    assert cli.main(["explain", str(script), "--json"]) == 0  # build is the function's usual name
+    assert json.loads(capsys.readouterr().out)["summary"].startswith("1 of 1")
+
+
+@pytest.mark.fresh_dynamo
+def test_verify(script: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sparse = ["-o", "min_tokens=0", "-o", "recall=0.5", "-o", "max_density=1"]
+    assert cli.main(["verify", str(script), *sparse, "--rows", "20", "--json"]) == 0
+    (told,) = json.loads(capsys.readouterr().out)
+    assert told["rows"] == 20
+    assert len(told["recall_per_head"]) == len(told["error_per_head"]) == 2
+    least = min(told["recall_per_head"])
+    assert least < 1
+    assert cli.main(["verify", str(script), *sparse, "--least-recall", str((1 + least) / 2)]) == 1
+    assert "least recall" in capsys.readouterr().out
+    assert cli.main(["verify", str(script), "-o", "policy=exact"]) == 0
+    assert "nothing to verify" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("place", "more", "words", "code"),
+    [
+        ("script.py:other", [], "must return the model and a dict", 2),
+        ("script.py:broken", [], "ZeroDivisionError", 1),
+        ("script.py:absent", [], "no function 'absent'", 2),
+        ("absent.py", [], "no script", 2),
+        ("script.py", ["-o", "policy"], "NAME=VALUE", 2),
+        ("script.py", ["-o", "polic=exact"], 'did you mean "policy"', 2),
+        ("script.py", ["-o", "recall=2"], "MMI_RECALL must be", 2),
+        ("script.py", ["--html", "absent/page.html"], "no folder", 2),
+    ],
+)
+def test_scripts_that_cannot_be_explained(
+    place: str, more: list[str], words: str, code: int, script: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(script.parent)
+    assert cli.main(["explain", place, *more]) == code
+    error = capsys.readouterr().err
+    assert words in error
+    assert len(error.strip().splitlines()) <= 3

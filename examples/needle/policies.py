@@ -32,7 +32,8 @@ class Policy:
         text: as it was written.
         name: ``dense``, ``exact``, ``adaptive``, or ``config``.
         recall: target of ``adaptive``, or None for the default; min_recall: of its guard, or None for none.
-        pattern: of all heads, for ``config``; else ``path`` is that of a head config.
+        pattern: of all heads, for ``config``; else ``path`` is that of a head config, or ``config`` is one.
+        dense_tail: the last rows keep every key.
     """
 
     text: str
@@ -41,18 +42,21 @@ class Policy:
     pattern: Pattern | None = None
     path: str | None = None
     min_recall: float | None = None
+    config: HeadConfig | None = None
+    dense_tail: bool = True
 
     def options(self, model: Any) -> dict[str, Any]:
         """Options of ``mmi_compile.compile``. ``min_tokens`` is 0: short prompts are to be sparse as well."""
         options: dict[str, Any] = {"policy": self.name, "inner": "eager", "min_tokens": 0, "strict": True}
+        options["dense_tail"] = self.dense_tail
         if self.recall is not None:
             options["recall"] = self.recall
         if self.min_recall is not None:
             options["min_recall"] = self.min_recall
         if self.pattern is not None:
             options["head_config"] = uniform(self.pattern, model)
-        elif self.path is not None:
-            options["head_config"] = self.path
+        elif self.config is not None or self.path is not None:
+            options["head_config"] = self.config or self.path
         return options
 
 
