@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
@@ -94,9 +94,19 @@ def explain(model: nn.Module, *args: Any, options: Mapping[str, Any] | None = No
         return compile_graph(gm, example_inputs, chosen, None, graphs.append)
 
     prompt = PromptHook(model, strict=chosen.strict).read(args, kwargs)
-    with torch.no_grad(), record.hooked(prompt), _uncompiled(model), _apart(model, observing), _unlimited():
-        counting_on_the_host(torch.compile(model, backend=observing, **_ISOLATED))(*args, **kwargs)
+    with torch.no_grad(), record.hooked(prompt), for_once(model, observing) as compiled:
+        compiled(*args, **kwargs)
     return Report(graphs)
+
+
+@contextmanager
+def for_once(model: nn.Module, backend: Any) -> Iterator[Callable[..., Any]]:
+    """``model`` compiled with a backend function as :func:`compile` would, for calls inside the block.
+
+    Compiled state that the model has is set aside meanwhile and is left as it was.
+    """
+    with _uncompiled(model), _apart(model, backend), _unlimited():
+        yield counting_on_the_host(torch.compile(model, backend=backend, **_ISOLATED))
 
 
 _ISOLATED: dict[str, Any] = (

@@ -25,7 +25,7 @@ from mmi_compile.backend import compile_graph
 from mmi_compile.calibrate import cost_model, tile_counts
 from mmi_compile.decision import Reason
 from mmi_compile.environment import versions
-from mmi_compile.frontend import _ISOLATED, _apart, _uncompiled, _unlimited
+from mmi_compile.frontend import for_once
 from mmi_compile.head_choice import Choice, LayerResult, Mode, Scored, choose
 from mmi_compile.head_config import Fingerprint, HeadConfig, HeadEntry, Provenance
 from mmi_compile.head_measure import HeadSearchError, LayerInput, Measuring, Rows
@@ -336,8 +336,7 @@ def _observable(model: nn.Module) -> Iterator[tuple[Forward, list[GraphReport]]]
     def backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
         return compile_graph(gm, example_inputs, options, None, graphs.append)
 
-    with torch.no_grad(), _uncompiled(model), _apart(model, backend), _unlimited():
-        compiled = torch.compile(model, backend=backend, **_ISOLATED)
+    with torch.no_grad(), for_once(model, backend) as compiled:
 
         def forward(
             prompt: Mapping[str, Any], on_call: Callable[[int, ObservedCall], None], *, may_stop: bool = False
