@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -41,6 +42,7 @@ def main(
     seed: Annotated[int, typer.Option(help="Seed of the first video; the next one has the next seed.")] = 0,
     train: Annotated[bool, typer.Option(help="Videos of the photographs that the model was trained on.")] = False,
     tiles: Annotated[str, typer.Option(help="Rows and keys of a tile, such as 32,32; small ones compute less.")] = "",
+    tail: Annotated[bool, typer.Option(help="Keep every key for the last 64 rows, which hold the questions.")] = True,
     threads: Annotated[int, typer.Option(help="Threads of PyTorch; 0 for its own number.", min=0)] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the scores there as well.")] = None,
 ) -> None:
@@ -48,7 +50,7 @@ def main(
     if threads:
         torch.set_num_threads(threads)
     try:
-        policies = [parse_policy(text) for text in policy or DEFAULT]
+        policies = [replace(parse_policy(text), dense_tail=tail) for text in policy or DEFAULT]
         tokenizer, model = load_video_model()
         videos = build_prompts(tokenizer, model, frames, range(seed, seed + prompts), "train" if train else "test")
         found = []
