@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mmi_compile.kernels.frames import constant
 from mmi_compile.kernels.geometry import Geometry
-from mmi_compile.kernels.launch import LOG2_E, bounds, device_arch, dtype_name, on_device
+from mmi_compile.kernels.launch import LOG2_E, bounds, compile_kernel_ahead, device_arch, dtype_name, on_device
 from mmi_compile.kernels.probe import (
     LAST_Q,
     PEAK,
@@ -395,14 +395,8 @@ def compile_ahead(
         arch: for example ``"sm_90"`` or ``"gfx942"``; dtype: "bf16" or "fp16".
         special: with padding bounds, holes and a window.
     """
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     from mmi_compile.kernels import probe_kernels
 
-    hip = arch.startswith("gfx")
-    target = GPUTarget("hip", arch, 64) if hip else GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
     chosen = probe_tiles(arch, head_dim)
     plain = {"num_warps": _EXCESS_WARPS, "num_stages": 1}
     flags = {f"HAS_{name}": special for name in ("ROWS", "BOUNDS", "PADDING", "WINDOW")}
@@ -424,11 +418,7 @@ def compile_ahead(
             tile = passes[name]
             constants |= {"HEADS": tile.heads, "BLOCK_N": tile.block_n}
             options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-        used = {key: value for key, value in constants.items() if key in kernel.arg_names}
-        signature = {key: "constexpr" if key in used else _type(key, dtype) for key in kernel.arg_names}
-        pointers = [i for i, kind in enumerate(signature.values()) if kind.startswith("*")]
-        source = ASTSource(kernel, signature, used, {(i,): [["tt.divisibility", 16]] for i in pointers})
-        compiled[name] = triton.compile(source, target=target, options=options)
+        compiled[name] = compile_kernel_ahead(kernel, arch, constants, lambda name: _type(name, dtype), options)
     return compiled
 
 

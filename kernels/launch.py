@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
@@ -235,3 +236,26 @@ def _gathered(k: Tensor, v: Tensor, keys: Tensor, group: int) -> tuple[Tensor, T
 def on_device(t: Tensor) -> AbstractContextManager[object]:
     """Triton launches on the current device, which need not be the one that holds the tensors."""
     return torch.cuda.device(t.device) if t.device.type == "cuda" else nullcontext()
+
+
+def compile_kernel_ahead(
+    kernel: Any, arch: str, constants: Mapping[str, Any], type_of: Callable[[str], str], options: Mapping[str, int]
+) -> Any:
+    """Triton's compiled form of one kernel for ``arch``, on a machine that need not have it.
+
+    Args:
+        arch: a key of ``SHARED_MEMORY``. constants: values of constexpr arguments; those the kernel has are used.
+        type_of: Triton's type of any other argument. options: ``num_warps`` and ``num_stages``.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    hip = arch.startswith("gfx")
+    target = GPUTarget("hip", arch, 64) if hip else GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+    used = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    signature = {name: "constexpr" if name in used else type_of(name) for name in kernel.arg_names}
+    # torch allocates at multiples of 512 bytes; a view may start at any row, which `aligned` keeps at 16.
+    pointers = [i for i, kind in enumerate(signature.values()) if kind.startswith("*")]
+    source = ASTSource(kernel, signature, used, {(i,): [["tt.divisibility", 16]] for i in pointers})
+    return triton.compile(source, target=target, options=dict(options))

@@ -21,7 +21,7 @@ from torch import Tensor
 from mmi_compile.kernels.frames import constant, ramp
 from mmi_compile.kernels.fused_probe import MOST_CHUNKS, PROGRAMS, PassTile, chunk_size, probe_tiles, why_not_fused
 from mmi_compile.kernels.geometry import Geometry
-from mmi_compile.kernels.launch import LOG2_E, bounds, device_arch, dtype_name, on_device
+from mmi_compile.kernels.launch import LOG2_E, bounds, compile_kernel_ahead, device_arch, dtype_name, on_device
 from mmi_compile.kernels.probe import LAST_Q, head_chunks, row_scores
 from mmi_compile.kernels.segments import Segments
 from mmi_compile.kernels.spec import canonical_arch, padded_head_dim, supported
@@ -467,14 +467,8 @@ def compile_ahead(arch: str, dtype: str, head_dim: int, *, special: bool = False
         arch: for example ``"sm_90"`` or ``"gfx942"``; dtype: "bf16" or "fp16".
         special: with padding bounds, holes and a window.
     """
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     from mmi_compile.kernels import modality_probe_kernels
 
-    hip = arch.startswith("gfx")
-    target = GPUTarget("hip", arch, 64) if hip else GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
     chosen = modality_tiles(arch, head_dim)
     shared: dict[str, int] = {f"HAS_{name}": special for name in ("BOUNDS", "PADDING", "WINDOW")}
     shared |= {"HEAD_DIM": head_dim, "BLOCK_D": padded_head_dim(head_dim), "UNIT": 8}
@@ -490,12 +484,8 @@ def compile_ahead(arch: str, dtype: str, head_dim: int, *, special: bool = False
     for name, (tile, extra) in variants.items():
         kernel = getattr(modality_probe_kernels, name.split()[0])
         constants = {**shared, **extra, "HEADS": tile.heads, "BLOCK_N": tile.block_n}
-        used = {key: value for key, value in constants.items() if key in kernel.arg_names}
-        signature = {key: "constexpr" if key in used else _type(key, dtype) for key in kernel.arg_names}
-        pointers = [i for i, kind in enumerate(signature.values()) if kind.startswith("*")]
-        source = ASTSource(kernel, signature, used, {(i,): [["tt.divisibility", 16]] for i in pointers})
         options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-        compiled[name] = triton.compile(source, target=target, options=options)
+        compiled[name] = compile_kernel_ahead(kernel, arch, constants, lambda name: _type(name, dtype), options)
     return compiled
 
 

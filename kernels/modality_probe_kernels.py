@@ -17,6 +17,7 @@ from mmi_compile.kernels.probe_kernels import (
     _live_keys,
     _log_sums,
     _plain_tiles,
+    _row_stats,
     _visible,
 )
 
@@ -92,22 +93,10 @@ def modality_row_stats(  # type: ignore[no-untyped-def]
     end = tl.minimum(begin + chunk_tiles, tl.cdiv(kv_len, BLOCK_N))
     PLAIN: tl.constexpr = not (HAS_BOUNDS or HAS_PADDING or HAS_WINDOW)
     low, middle, high = _reach(place, begin, end, start, kv_len, window, BLOCK_N, HAS_WINDOW, PLAIN)
-    highest = tl.full([HEADS * ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([HEADS * ROWS], tl.float32)
-    for masked in tl.static_range(0 if PLAIN else 1, 2):
-        for tile in tl.range(middle if masked else low, high if masked else middle):
-            key = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-            keys = _key_tile(k, key, kv_len, stride_kn, HEAD_DIM, BLOCK_D, UNIT, masked)
-            scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale  # [M, BLOCK_N]
-            if masked:
-                live = _live_keys(key_padding, batch, key, kv_len, HAS_PADDING)[None, :]
-                visible = _visible(key[None, :], position, live, start, stop, window, HAS_WINDOW)
-                scores = tl.where(visible, scores, float("-inf"))
-            higher = tl.maximum(highest, tl.max(scores, 1))
-            # A row that has seen nothing yet: -inf - -inf would be NaN.
-            base = tl.where(higher == float("-inf"), 0.0, higher)
-            total = total * tl.exp2(highest - base) + tl.sum(tl.exp2(scores - base[:, None]), 1)
-            highest = higher
+    highest, total = _row_stats(
+        queries, k, position, key_padding, batch, low, middle, high, start, stop, kv_len, stride_kn, window, scale,
+        HEADS, BLOCK_N, HEAD_DIM, BLOCK_D, UNIT, HAS_PADDING, HAS_WINDOW, PLAIN,
+    )  # fmt: skip
     slot = tl.load(packs + (pack * HEADS + m // ROWS) * 3)
     target = ((batch * heads_out + slot) * n_chunks + chunk) * ROWS + m % ROWS
     tl.store(row_max + target, highest, mask=slot >= 0)

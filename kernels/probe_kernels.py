@@ -102,6 +102,35 @@ def _plain_tiles(  # type: ignore[no-untyped-def]
     return tl.maximum(begin, tl.minimum(end, tl.minimum(first_position + 1, kv_len) // BLOCK_N))
 
 
+@triton.jit
+def _row_stats(  # type: ignore[no-untyped-def]
+    queries, k, position, key_padding, batch, low, middle, high, start, stop, kv_len, stride_kn, window, scale,
+    HEADS: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr,
+    HAS_PADDING: tl.constexpr, HAS_WINDOW: tl.constexpr, PLAIN: tl.constexpr,
+):  # fmt: skip
+    """Maximum and sum of exponentials of each row, ``[HEADS * ROWS]``, over the key tiles ``low ... high - 1``.
+
+    Every row sees the tiles before ``middle`` whole, where ``PLAIN``; all others are tested.
+    """
+    highest = tl.full([HEADS * ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([HEADS * ROWS], tl.float32)
+    for masked in tl.static_range(0 if PLAIN else 1, 2):
+        for tile in tl.range(middle if masked else low, high if masked else middle):
+            key = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+            keys = _key_tile(k, key, kv_len, stride_kn, HEAD_DIM, BLOCK_D, UNIT, masked)
+            scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale  # [M, BLOCK_N]
+            if masked:
+                live = _live_keys(key_padding, batch, key, kv_len, HAS_PADDING)[None, :]
+                visible = _visible(key[None, :], position, live, start, stop, window, HAS_WINDOW)
+                scores = tl.where(visible, scores, float("-inf"))
+            higher = tl.maximum(highest, tl.max(scores, 1))
+            # A row that has seen nothing yet: -inf - -inf would be NaN.
+            base = tl.where(higher == float("-inf"), 0.0, higher)
+            total = total * tl.exp2(highest - base) + tl.sum(tl.exp2(scores - base[:, None]), 1)
+            highest = higher
+    return highest, total
+
+
 @triton.jit(do_not_specialize=[
     "stride_qb", "stride_qh", "stride_qm", "stride_kb", "stride_kh", "stride_kn", "n_packs", "heads_out", "group",
     "first_row", "n_rows", "q_offset", "kv_len", "window", "chunk_tiles", "n_chunks", "scale",
@@ -133,22 +162,10 @@ def probe_row_stats(  # type: ignore[no-untyped-def]
         middle = _plain_tiles(begin, end, first + q_offset, kv_len, BLOCK_N)
     else:
         middle = _first_tile_in_reach(begin, end, first + q_offset, start, window, BLOCK_N, HAS_WINDOW)
-    highest = tl.full([HEADS * ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([HEADS * ROWS], tl.float32)
-    for masked in tl.static_range(0 if PLAIN else 1, 2):
-        for tile in tl.range(middle if masked else begin, end if masked else middle):
-            key = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-            keys = _key_tile(k, key, kv_len, stride_kn, HEAD_DIM, BLOCK_D, UNIT, masked)
-            scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale  # [M, BLOCK_N]
-            if masked:
-                live = _live_keys(key_padding, batch, key, kv_len, HAS_PADDING)[None, :]
-                visible = _visible(key[None, :], position, live, start, stop, window, HAS_WINDOW)
-                scores = tl.where(visible, scores, float("-inf"))
-            higher = tl.maximum(highest, tl.max(scores, 1))
-            # A row that has seen nothing yet: -inf - -inf would be NaN.
-            base = tl.where(higher == float("-inf"), 0.0, higher)
-            total = total * tl.exp2(highest - base) + tl.sum(tl.exp2(scores - base[:, None]), 1)
-            highest = higher
+    highest, total = _row_stats(
+        queries, k, position, key_padding, batch, begin, middle, end, start, stop, kv_len, stride_kn, window, scale,
+        HEADS, BLOCK_N, HEAD_DIM, BLOCK_D, UNIT, HAS_PADDING, HAS_WINDOW, PLAIN,
+    )  # fmt: skip
     slot = tl.load(packs + (pack * HEADS + m // ROWS) * 2)
     place = ((batch * heads_out + slot) * n_chunks + chunk) * ROWS + m % ROWS
     tl.store(row_max + place, highest, mask=slot >= 0)

@@ -16,6 +16,7 @@ from mmi_compile.kernels.launch import (
     aligned,
     check_call,
     compact_columns,
+    compile_kernel_ahead,
     describable,
     descriptor_strides,
     device_arch,
@@ -98,30 +99,26 @@ def compile_ahead(spec: KernelSpec, arch: str) -> dict[str, Any]:
     Raises:
         ValueError: the architecture is unknown.
     """
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     known = canonical_arch(arch)
     if known is None:
         raise ValueError(supported(spec.dtype, spec.head_dim, arch=arch))
-    target = GPUTarget("hip", known, 64) if known.startswith("gfx") else GPUTarget("cuda", int(known[3:]), 32)
-    from mmi_compile.kernels.compact_kernels import compact_columns as compact
-
     constants = {"HEAD_DIM": spec.head_dim, "BLOCK_D": spec.block_d, "BLOCK_N": COMPACT_ROWS}
     kernels = {"attention": kernel_module(spec).attention}
     if spec.has_columns or spec.has_key_order:
+        from mmi_compile.kernels.compact_kernels import compact_columns as compact
+
         kernels["compact_columns"] = compact
-    compiled = {}
-    for name, kernel in kernels.items():
-        signature = {argument: _signature(argument, spec) for argument in kernel.arg_names}
-        given = {(i,): constants[a] for i, a in enumerate(kernel.arg_names) if a in constants}
-        # torch allocates at multiples of 512 bytes; a view may start at any row, which `aligned` keeps at 16.
-        pointers = [i for i, kind in enumerate(signature.values()) if kind.startswith("*")]
-        source = ASTSource(kernel, signature, given, {(i,): [["tt.divisibility", 16]] for i in pointers})
-        options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages} if name == "attention" else {}
-        compiled[name] = triton.compile(source, target=target, options=options)
-    return compiled
+    launched = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
+    return {
+        name: compile_kernel_ahead(
+            kernel,
+            known,
+            constants,
+            lambda argument: _signature(argument, spec),
+            launched if name == "attention" else {},
+        )
+        for name, kernel in kernels.items()
+    }
 
 
 _INT32_POINTERS = frozenset(
@@ -132,8 +129,6 @@ _ELEMENT_POINTERS = frozenset({"q", "k", "v", "out", "k_columns", "v_columns", "
 
 
 def _signature(argument: str, spec: KernelSpec) -> str:
-    if argument.isupper():
-        return "constexpr"
     if argument in _ELEMENT_POINTERS:
         return f"*{spec.dtype}"
     if argument in _INT32_POINTERS:
