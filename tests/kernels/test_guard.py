@@ -180,7 +180,7 @@ def test_a_head_that_changes_in_mid_prompt_passes_the_probe_and_not_the_guard() 
     assert choice.sparse.all(), "the probe takes both heads for local ones"
     rows = guard_rows(g, 32, device=CPU)
     before = measure(q, k, v, attention_cpu(q, k, v, plan, 1.0), plan, g, 1.0, rows)
-    assert float(before.recall[0, 0]) < 0.75
+    assert float(before.recall[0, 0]) < 0.8
     assert float(before.error[0, 0]) > 0.3
     assert float(before.recall[0, 1]) > 0.9
     mended, recall, moved = enforce(plan, q, k, g, 1.0, 0.9, rows)
