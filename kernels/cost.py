@@ -237,7 +237,7 @@ def formulas() -> dict[str, Terms]:
     window = (span + local - 1 + over(-offset) + over(offset + 1 - local)) / bn
     reached = window + ceiling(sink / bn)
     kept = capped(first_end, reached, count)
-    whole = count - Max(floor((q - last) / bm), 0)
+    whole = Min(1, last) * (count - Max(floor((q - last) / bm), 0))
     tail = (ramp(first_end, count) - ramp(first_end, count - whole)) - (
         kept - capped(first_end, reached, count - whole)
     )

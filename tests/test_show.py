@@ -87,5 +87,11 @@ def test_the_command_refuses_what_is_no_config(tmp_path: Path, capsys: pytest.Ca
     assert cli.main(["show", str(tmp_path / "bad.json")]) == 2
     assert "bad.json" in capsys.readouterr().err
     CONFIG.save(tmp_path / "good.json")
+    assert cli.main(["show", str(tmp_path / "good.json")]) == 0
+
+
+@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")
+def test_the_command_writes_the_picture(tmp_path: Path) -> None:
+    CONFIG.save(tmp_path / "good.json")
     assert cli.main(["show", str(tmp_path / "good.json"), "--png", str(tmp_path / "map.png")]) == 0
     assert (tmp_path / "map.png").is_file()
