@@ -114,12 +114,8 @@ def why_not_fused(q: Tensor, k: Tensor, last_q: int = LAST_Q) -> str | None:
 
 @dataclass(frozen=True)
 class _Call:
-    """What the launches of one probe share.
-
-    Attributes:
-        first_row: first probe row, 0 where only the device knows it (``rows``).
-        unit: elements that row strides are multiples of.
-    """
+    """What the launches of one probe share; ``first_row`` is the first probe row, None where only the device knows it
+    (``rows``)."""
 
     q: Tensor
     k: Tensor
@@ -128,40 +124,17 @@ class _Call:
     rows: Tensor
     first_row: int | None
     scale: float
-    unit: int
 
     def arguments(self) -> dict[str, Any]:
         """Arguments that several kernels take, by name."""
-        g, device = self.geometry, self.q.device
-        has_bounds = g.kv_start is not None or g.kv_stop is not None
-        # A kernel without the loop that reads them still takes some pointer.
-        start, stop = bounds(g, device) if has_bounds else (self.rows, self.rows)
-        holes = self.rows if g.key_padding is None else g.key_padding.to(device).contiguous().view(torch.uint8)
-        names = ("stride_qb", "stride_qh", "stride_qm", "stride_kb", "stride_kh", "stride_kn")
-        strides = [s // self.unit for t in (self.q, self.k) for s in _strides(t)]
-        return dict(zip(names, strides, strict=True)) | {
-            "q": self.q,
-            "k": self.k,
+        g = self.geometry
+        return shared_arguments(self.q, self.k, g, self.scale, idle=self.rows) | {
             "rows": self.rows,
-            "kv_start": start,
-            "kv_stop": stop,
-            "key_padding": holes,
             "heads_out": len(self.heads),
-            "group": g.group,
             "first_row": self.first_row or 0,
             "n_rows": self.rows.shape[1],
-            "q_offset": g.q_offset,
-            "kv_len": g.kv_len,
-            "window": g.window,
-            "scale": self.scale * LOG2_E,
             "positions": g.q_len + g.q_offset,
-            "HEAD_DIM": self.q.shape[-1],
-            "BLOCK_D": padded_head_dim(self.q.shape[-1]),
-            "UNIT": self.unit,
             "HAS_ROWS": self.first_row is None,
-            "HAS_BOUNDS": has_bounds,
-            "HAS_PADDING": g.key_padding is not None,
-            "HAS_WINDOW": g.window > 0,
         }
 
     def packs(self, size: int) -> Tensor:
@@ -185,9 +158,37 @@ def _packs(heads: tuple[int, ...], group: int, size: int) -> tuple[int, ...]:
     return tuple(flat)
 
 
-def _strides(t: Tensor) -> list[int]:
-    """Strides of the first three dimensions; 0 where a dimension has a single entry."""
-    return [s if n > 1 else 0 for n, s in zip(t.shape[:3], t.stride()[:3], strict=True)]
+def shared_arguments(q: Tensor, k: Tensor, geometry: Geometry, scale: float, *, idle: Tensor) -> dict[str, Any]:
+    """Arguments of every probe kernel, by name.
+
+    Args:
+        idle: any tensor, for pointers that no loop reads: a kernel without that loop still takes some pointer.
+    """
+    g, device = geometry, q.device
+    has_bounds = g.kv_start is not None or g.kv_stop is not None
+    start, stop = bounds(g, device) if has_bounds else (idle, idle)
+    # A dimension of one entry may have any stride.
+    strides = [s if n > 1 else 0 for t in (q, k) for n, s in zip(t.shape[:3], t.stride()[:3], strict=True)]
+    unit = 8 if all(s % 8 == 0 for s in strides) else 1  # elements that row strides are multiples of
+    names = ("stride_qb", "stride_qh", "stride_qm", "stride_kb", "stride_kh", "stride_kn")
+    return dict(zip(names, (s // unit for s in strides), strict=True)) | {
+        "q": q,
+        "k": k,
+        "kv_start": start,
+        "kv_stop": stop,
+        "key_padding": idle if g.key_padding is None else g.key_padding.to(device).contiguous().view(torch.uint8),
+        "group": g.group,
+        "q_offset": g.q_offset,
+        "kv_len": g.kv_len,
+        "window": g.window,
+        "scale": scale * LOG2_E,
+        "HEAD_DIM": q.shape[-1],
+        "BLOCK_D": padded_head_dim(q.shape[-1]),
+        "UNIT": unit,
+        "HAS_BOUNDS": has_bounds,
+        "HAS_PADDING": g.key_padding is not None,
+        "HAS_WINDOW": g.window > 0,
+    }
 
 
 def fused_probe(
@@ -225,9 +226,8 @@ def fused_probe(
     q, k = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k))
     picked = tuple(range(g.q_heads)) if heads is None else tuple(heads)
     rows = probe_rows(g, q.device, last_q)
-    unit = 8 if all(s % 8 == 0 for t in (q, k) for s in _strides(t)) else 1
     first_row = None if g.has_padding else g.q_len - rows.shape[1]
-    call = _Call(q, k, g, picked, rows, first_row, scale, unit)
+    call = _Call(q, k, g, picked, rows, first_row, scale)
     chosen = tiles or probe_tiles(device_arch(q.device), q.shape[-1])
     kinds = (2 if peaks else 1) if diagonals or peaks else 0
     return _probe(call, block_m, kinds, peak_count(g, rows.shape[1], peaks), nearest, chosen, programs)

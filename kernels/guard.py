@@ -195,7 +195,7 @@ def _exact_rows(
     at_once = max(1, min(room, rows.shape[1]))
     for first in range(0, rows.shape[1], at_once):
         some = slice(first, min(first + at_once, rows.shape[1]))
-        hidden = ~visible_keys(plan, rows[:, some])[:, None]
+        hidden = ~visible_keys(g, rows[:, some])[:, None]
         step = max(1, room // (some.stop - some.start))
         for begin, end, kv_head in head_chunks(list(range(g.q_heads)), g.group, step):
             index = rows[:, None, some, None].expand(-1, end - begin, -1, q.shape[-1])

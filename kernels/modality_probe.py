@@ -19,9 +19,17 @@ import torch
 from torch import Tensor
 
 from mmi_compile.kernels.frames import constant, ramp
-from mmi_compile.kernels.fused_probe import MOST_CHUNKS, PROGRAMS, PassTile, chunk_size, probe_tiles, why_not_fused
+from mmi_compile.kernels.fused_probe import (
+    MOST_CHUNKS,
+    PROGRAMS,
+    PassTile,
+    chunk_size,
+    probe_tiles,
+    shared_arguments,
+    why_not_fused,
+)
 from mmi_compile.kernels.geometry import Geometry
-from mmi_compile.kernels.launch import LOG2_E, bounds, compile_kernel_ahead, device_arch, dtype_name, on_device
+from mmi_compile.kernels.launch import compile_kernel_ahead, device_arch, dtype_name, on_device
 from mmi_compile.kernels.probe import LAST_Q, head_chunks, row_scores
 from mmi_compile.kernels.segments import Segments
 from mmi_compile.kernels.spec import canonical_arch, padded_head_dim, supported
@@ -331,38 +339,11 @@ class _Call:
 
     def arguments(self) -> dict[str, Any]:
         """Arguments that several kernels take, by name."""
-        g, device = self.geometry, self.q.device
-        has_bounds = g.kv_start is not None or g.kv_stop is not None
-        # A kernel without the loop that reads them still takes some pointer.
-        start, stop = bounds(g, device) if has_bounds else (self.positions, self.positions)
-        holes = self.positions if g.key_padding is None else g.key_padding.to(device).contiguous().view(torch.uint8)
-        names = ("stride_qb", "stride_qh", "stride_qm", "stride_kb", "stride_kh", "stride_kn")
-        # A dimension of one entry may have any stride.
-        strides = [
-            s if n > 1 else 0 for t in (self.q, self.k) for n, s in zip(t.shape[:3], t.stride()[:3], strict=True)
-        ]
-        unit = 8 if all(s % 8 == 0 for s in strides) else 1
-        return dict(zip(names, (s // unit for s in strides), strict=True)) | {
-            "q": self.q,
-            "k": self.k,
+        return shared_arguments(self.q, self.k, self.geometry, self.scale, idle=self.positions) | {
             "positions": self.positions,
-            "kv_start": start,
-            "kv_stop": stop,
-            "key_padding": holes,
             "heads_out": len(self.layout.entries),
             "modalities": self.positions.shape[1],
-            "group": g.group,
             "n_rows": self.positions.shape[2],
-            "q_offset": g.q_offset,
-            "kv_len": g.kv_len,
-            "window": g.window,
-            "scale": self.scale * LOG2_E,
-            "HEAD_DIM": self.q.shape[-1],
-            "BLOCK_D": padded_head_dim(self.q.shape[-1]),
-            "UNIT": unit,
-            "HAS_BOUNDS": has_bounds,
-            "HAS_PADDING": g.key_padding is not None,
-            "HAS_WINDOW": g.window > 0,
         }
 
 

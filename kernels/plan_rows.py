@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mmi_compile.kernels.frames import ramp
+from mmi_compile.kernels.geometry import Geometry
 from mmi_compile.kernels.plan import RECORD, Plan, TileRecord
 
 
@@ -53,12 +54,12 @@ class PlanRows:
             grouped = (visited & (record.grouped != 0)[..., None]).any(3)
             keep |= grouped.gather(-1, self.block_of_key[:, None, None].expand_as(keep))
         keep = _with_columns(keep, plan.columns[:, heads], record)
-        return keep & visible_keys(plan, self.rows[:, rows])[:, None]
+        return keep & visible_keys(g, self.rows[:, rows])[:, None]
 
 
-def visible_keys(plan: Plan, rows: Tensor) -> Tensor:
+def visible_keys(geometry: Geometry, rows: Tensor) -> Tensor:
     """What the model's own mask lets these rows see, bool ``[B, R, kv_len]``; rows int64 ``[B, R]``."""
-    g, j = plan.geometry, ramp(plan.geometry.kv_len, rows.device)
+    g, j = geometry, ramp(geometry.kv_len, rows.device)
     i = (rows + g.q_offset)[..., None]
     visible = j <= i
     if g.window:

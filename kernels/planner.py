@@ -113,7 +113,7 @@ def _records_in_order(geometry: Geometry, tiles: TileShape, device: torch.device
 def keep_tail(plan: Plan) -> Plan:
     """The plan with every key for the tiles that hold the last live rows, as many as a probe reads.
 
-    They carry the answer and cost next to nothing. For plans of one region.
+    They carry the answer and cost next to nothing.
     """
     g, shape = plan.geometry, TileShape(plan.block_m, plan.block_n)
     if not plan.query_tiles:

@@ -24,8 +24,8 @@ from mmi_compile.kernels.frames import TileShape
 from mmi_compile.kernels.geometry import Geometry
 from mmi_compile.kernels.patterns import ByModality, HeadPattern, Pattern
 from mmi_compile.kernels.plan import Plan
-from mmi_compile.kernels.planner import build_plan, dense_plan, make_dense
-from mmi_compile.kernels.probe import probe_rows
+from mmi_compile.kernels.plan_rows import row_mask, visible_keys
+from mmi_compile.kernels.planner import build_plan, dense_plan, keep_tail
 from mmi_compile.kernels.segments import Segments, segment
 
 Rows: TypeAlias = Literal["all", "last", "both"]
@@ -253,19 +253,15 @@ class Prompt:
         rows: Tensor = torch.cat([spaced, last]).unique()
         return rows.to(self.x.q.device)
 
+    @property
+    def _rows_of_batch(self) -> Tensor:
+        """The same for each batch element, ``[B, R]``."""
+        return self.recall_rows.expand(self.x.geometry.batch, -1)
+
     @cached_property
     def _row_mask(self) -> Tensor:
         """The pairs of those rows that the model allows, bool ``[B, R, kv_len]``."""
-        g, rows = self.x.geometry, self.recall_rows
-        i, j = rows[:, None] + g.q_offset, torch.arange(g.kv_len, device=rows.device)
-        allowed = j <= i
-        if g.window:
-            allowed = allowed & (i - j < g.window)
-        live = g.live_keys(rows.device)
-        mask: Tensor = allowed.expand(g.batch, -1, -1)
-        if live is not None:
-            mask = mask & live[:, None]
-        return mask
+        return visible_keys(self.x.geometry, self._rows_of_batch)
 
     @cached_property
     def _probabilities(self) -> Tensor:
@@ -282,7 +278,7 @@ class Prompt:
     def _recall(self, plan: Plan) -> Tensor:
         """Mean recall of each query modality's share of the sampled rows, float64 ``[HQ, M]``: sums over modalities
         give the recall of the head."""
-        kept = row_pairs(plan, self.recall_rows)
+        kept = row_mask(plan, self._rows_of_batch)
         mass = torch.stack([(self._probabilities[:, h] * kept[:, h]).float().sum(-1) for h in range(self.heads)], 1)
         total = torch.stack([self._probabilities[:, h].float().sum(-1) for h in range(self.heads)], 1)
         member = self.member[:, self.recall_rows, : self.groups].double()  # [B, R, M]
@@ -325,40 +321,6 @@ def tile_weights(plan: Plan, groups: Tensor | None, count: int, step: int, last:
     member = groups[..., None] == torch.arange(count, device=device)  # [B, QT, M]
     stands_for = (member & ~certain[..., None]).sum(1) / (member & drawn[..., None]).sum(1).clamp(min=1)
     return torch.where(certain, 1.0, torch.where(drawn, stands_for.double().gather(1, groups.long()), 0.0))
-
-
-def keep_tail(plan: Plan) -> Plan:
-    """The plan with every key for the tiles that hold the last live rows, as plans have them at run time."""
-    rows, tail = plan.rows(), probe_rows(plan.geometry, plan.tiles.device)
-    first, final = (tail[:, end, None, None, None] for end in (0, -1))
-    which = ((rows >= first) & (rows <= final)).any(-1)
-    one_region = make_dense(dataclasses.replace(plan, tiles=plan.tiles[..., :1, :]), which)
-    others = plan.tiles[..., 1:, :].masked_fill(which[..., None, None], 0)
-    return dataclasses.replace(plan, tiles=torch.cat([one_region.tiles, others], -2))
-
-
-def row_pairs(plan: Plan, rows: Tensor) -> Tensor:
-    """The keys that some query rows visit, bool ``[B, HQ, R, kv_len]``, before the model's own mask.
-
-    Args:
-        rows: int64 ``[R]``.
-    """
-    g = plan.geometry
-    if plan.row_order is None:
-        tile = (rows // plan.block_m).expand(g.batch, g.q_heads, -1)
-    else:
-        order = plan.rows().flatten(2)
-        place = torch.zeros(g.batch, g.q_heads, g.q_len + 1, dtype=torch.int64, device=order.device)
-        slots = torch.arange(order.shape[-1], device=order.device).expand_as(order)
-        place.scatter_(-1, torch.where(order < 0, g.q_len, order), slots)
-        tile = place[..., rows] // plan.block_m
-    index = tile[..., None, None].expand(-1, -1, -1, *plan.tiles.shape[3:])
-    # One row to a tile, and behind all keys, so that nothing is hidden.
-    everything = Geometry(g.batch, g.q_heads, g.kv_heads, rows.numel(), g.kv_len, q_offset=g.kv_len)
-    picked = dataclasses.replace(
-        plan, geometry=everything, block_m=1, tiles=plan.tiles.gather(2, index), row_order=None
-    )
-    return picked.to_mask()
 
 
 def _plain(pattern: HeadPattern) -> Pattern:

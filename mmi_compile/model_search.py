@@ -35,7 +35,8 @@ from mmi_compile.options import Options
 from mmi_compile.prompt_hook import PromptHook
 from mmi_compile.record import LABELS
 from mmi_compile.report import GraphReport
-from mmi_compile.search_store import ObservedCall, SearchStore
+from mmi_compile.runtime import AttentionCall
+from mmi_compile.search_store import SearchStore
 from mmi_compile.visual_segments import VisualSegment
 
 Unit: TypeAlias = Literal["time", "tiles"]
@@ -186,11 +187,11 @@ class _Run:
             )
         self.store.count = attentions
 
-    def _peek(self, place: int, call: ObservedCall) -> None:
+    def _peek(self, place: int, call: AttentionCall) -> None:
         self._meet(call)
         raise _Enough
 
-    def _meet(self, call: ObservedCall) -> None:
+    def _meet(self, call: AttentionCall) -> None:
         """Learn which modalities a prompt has; text (0) is always told apart."""
         if call.modality is None:
             return
@@ -207,10 +208,10 @@ class _Run:
 
     def _on_each(
         self, number: int, prompt: Mapping[str, Any], work: Callable[[int, int, LayerInput, Searcher], None]
-    ) -> Callable[[int, ObservedCall], None]:
+    ) -> Callable[[int, AttentionCall], None]:
         segments = _segments(self.model, prompt)
 
-        def on_call(place: int, call: ObservedCall) -> None:
+        def on_call(place: int, call: AttentionCall) -> None:
             if len(self.prompts) == 1 and place == 0:
                 self._meet(call)
             if self.searcher is None:
@@ -231,7 +232,7 @@ class _Run:
 
         return on_call
 
-    def _searcher(self, call: ObservedCall, segments: Sequence[VisualSegment]) -> Searcher:
+    def _searcher(self, call: AttentionCall, segments: Sequence[VisualSegment]) -> Searcher:
         q, given = call.q, self.settings
         costs = (cost_model if given["unit"] == "time" else tile_counts)(q.device, q.dtype, q.shape[-1])
         candidates = self.candidates
@@ -339,11 +340,11 @@ def _observable(model: nn.Module) -> Iterator[tuple[Forward, list[GraphReport]]]
     with torch.no_grad(), for_once(model, backend) as compiled:
 
         def forward(
-            prompt: Mapping[str, Any], on_call: Callable[[int, ObservedCall], None], *, may_stop: bool = False
+            prompt: Mapping[str, Any], on_call: Callable[[int, AttentionCall], None], *, may_stop: bool = False
         ) -> int:
             seen = 0
 
-            def observe(call: ObservedCall) -> None:
+            def observe(call: AttentionCall) -> None:
                 nonlocal seen
                 seen += 1
                 on_call(seen - 1, call)

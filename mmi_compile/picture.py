@@ -42,7 +42,7 @@ def thumbnail(plan: Plan, head: int, *, batch: int = 0, size: int = 256, order: 
         asked = rows[some].expand(g.batch, -1).contiguous()
         mask = PlanRows.of(plan, asked).mask(slice(head, head + 1), slice(None))[batch, 0]
         kept[some].index_add_(1, cell, mask[:, keys].float())
-        seen[some].index_add_(1, cell, visible_keys(plan, asked)[batch][:, keys].float())
+        seen[some].index_add_(1, cell, visible_keys(g, asked)[batch][:, keys].float())
     return torch.where(seen > 0, kept / seen, torch.nan)
 
 

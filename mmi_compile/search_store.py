@@ -10,40 +10,18 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from mmi_compile.calibrate import CostModel
 from mmi_compile.environment import describe_device
 from mmi_compile.head_measure import HeadSearchError, Measuring
 from mmi_compile.head_search import Candidates, Searcher, Survey, unpack
-from mmi_compile.kernels.geometry import Geometry
+from mmi_compile.runtime import AttentionCall
 
 SCHEMA = {"name": "mmi-search", "version": 1}
 """Goes into every file of measurements. The version rises when a measurement changes its meaning."""
-
-
-class ObservedCall(Protocol):
-    """What an observer of attention is shown; see ``mmi_compile.runtime``."""
-
-    @property
-    def layer(self) -> int | None: ...
-    @property
-    def q(self) -> Tensor: ...
-    @property
-    def k(self) -> Tensor: ...
-    @property
-    def v(self) -> Tensor: ...
-    @property
-    def geometry(self) -> Geometry: ...
-    @property
-    def scale(self) -> float: ...
-    @property
-    def modality(self) -> Tensor | None: ...
-    @property
-    def names(self) -> Mapping[int, str]: ...
 
 
 @dataclass
@@ -127,7 +105,7 @@ class SearchStore:
         """Whether all attentions of a prompt have been measured."""
         return self.count is not None and all(self.has(kind, prompt, place) for place in range(self.count))
 
-    def note(self, place: int, call: ObservedCall) -> None:
+    def note(self, place: int, call: AttentionCall) -> None:
         g = call.geometry
         before = self.facts.get(str(place), {"tokens": 0})
         self.facts[str(place)] = {

@@ -19,8 +19,6 @@ from mmi_compile.head_measure import (
     LayerInput,
     Measuring,
     Prompt,
-    keep_tail,
-    row_pairs,
     tile_weights,
 )
 from mmi_compile.head_search import Candidates, Searcher, Survey, search_layer
@@ -38,7 +36,8 @@ from mmi_compile.kernels.patterns import (
     TriShape,
     VerticalSlash,
 )
-from mmi_compile.kernels.planner import TileShape, build_plan, dense_plan
+from mmi_compile.kernels.plan_rows import row_mask
+from mmi_compile.kernels.planner import TileShape, build_plan, dense_plan, keep_tail
 from mmi_compile.kernels.reference import attention_reference, probabilities_reference
 from mmi_compile.kernels.segments import segment
 from mmi_compile.kernels.structured import Structure, structured_qkv
@@ -302,8 +301,7 @@ def test_pairs_of_some_rows_are_those_of_the_mask(seed: int) -> None:
     plan = random_plan(seed)
     g = plan.geometry
     rows = torch.arange(0, g.q_len, 3)
-    allowed = g.to_mask()[:, None, rows]
-    assert torch.equal(row_pairs(plan, rows) & allowed, plan.to_mask()[:, :, rows])
+    assert torch.equal(row_mask(plan, rows.expand(g.batch, -1)), plan.to_mask()[:, :, rows])
 
 
 @pytest.mark.gpu

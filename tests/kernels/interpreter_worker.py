@@ -6,19 +6,17 @@ The interpreter replaces Triton for a whole process, so it gets a process of its
 
 from __future__ import annotations
 
-import json
-import sys
-import traceback
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from mmi_compile.kernels.geometry import Geometry
-from mmi_compile.kernels.launch import dtype_name, interpreting, plan_features
+from mmi_compile.kernels.launch import dtype_name, plan_features
 from mmi_compile.kernels.plan import Plan
 from mmi_compile.kernels.spec import KernelSpec
 from mmi_compile.kernels.triton_attention import attention_triton
+from tests.kernels.serving import serve
 from tests.random_plans import masked_attention, random_plan, random_qkv
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # bf16 is refused
@@ -77,23 +75,5 @@ def _poison_dead_keys(t: torch.Tensor, g: Geometry) -> torch.Tensor:
     return t.masked_fill(dead[:, None, :, None], float("nan"))
 
 
-def main() -> None:
-    assert interpreting()
-    torch.set_num_threads(1)
-    empty = torch.empty
-
-    def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
-        t = empty(*args, **kwargs)
-        return t.fill_(float("nan")) if t.is_floating_point() else t
-
-    torch.empty = poisoned  # scratch that a kernel reads before it writes must not pass for zeros
-    for line in sys.stdin:
-        try:
-            answer = check(**json.loads(line))
-        except Exception:
-            answer = {"failure": traceback.format_exc()}
-        print(json.dumps(answer), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    serve(check)

@@ -5,9 +5,7 @@ A process of its own for the reason given in ``interpreter_worker.py``.
 
 from __future__ import annotations
 
-import json
-import sys
-import traceback
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +13,6 @@ import torch
 from mmi_compile.kernels.frames import TileShape
 from mmi_compile.kernels.fused_probe import PassTile
 from mmi_compile.kernels.geometry import Geometry
-from mmi_compile.kernels.launch import interpreting
 from mmi_compile.kernels.modality_probe import (
     ALL_KEYS,
     Asked,
@@ -25,6 +22,7 @@ from mmi_compile.kernels.modality_probe import (
     reference_modality_probe,
 )
 from mmi_compile.kernels.segments import segment
+from tests.kernels.serving import serve
 from tests.random_plans import Draw, random_geometry, random_qkv
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}  # the interpreter multiplies bf16 wrongly
@@ -113,25 +111,7 @@ def nan_of_query() -> dict[str, Any]:
     return {"nan": [bool(p.columns.sum(-1).isnan().any()) for p in probes]}
 
 
-def main() -> None:
-    assert interpreting()
-    torch.set_num_threads(1)
-    empty = torch.empty
-
-    def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
-        t = empty(*args, **kwargs)
-        return t.fill_(float("nan")) if t.is_floating_point() else t
-
-    torch.empty = poisoned  # what no kernel writes must not pass for zeros
-    for line in sys.stdin:
-        request = json.loads(line)
-        kind = {"check": check, "nan": nan_of_query}[request.pop("kind")]
-        try:
-            answer = kind(**request)  # type: ignore[operator]
-        except Exception:
-            answer = {"failure": traceback.format_exc()}
-        print(json.dumps(answer), flush=True)
-
+KINDS: dict[str, Callable[..., dict[str, Any]]] = {"check": check, "nan": nan_of_query}
 
 if __name__ == "__main__":
-    main()
+    serve(lambda kind, **request: KINDS[kind](**request))

@@ -5,9 +5,6 @@ A process of its own for the reason given in ``interpreter_worker.py``.
 
 from __future__ import annotations
 
-import json
-import sys
-import traceback
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
@@ -17,8 +14,8 @@ from torch import Tensor
 
 from mmi_compile.kernels.fused_probe import PassTile, ProbeTiles, fold, fold_by_head, fused_probe
 from mmi_compile.kernels.geometry import Geometry
-from mmi_compile.kernels.launch import interpreting
 from mmi_compile.kernels.probe import Probe, best_phase, phase_mass, reference_probe
+from tests.kernels.serving import serve
 from tests.random_plans import Draw, random_geometry, random_qkv
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}  # the interpreter multiplies bf16 wrongly
@@ -121,25 +118,7 @@ def nan_of_query() -> dict[str, Any]:
     return {"nan": [bool(p.columns.sum(-1).isnan().all()) for p in probes]}
 
 
-def main() -> None:
-    assert interpreting()
-    torch.set_num_threads(1)
-    empty = torch.empty
-
-    def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
-        t = empty(*args, **kwargs)
-        return t.fill_(float("nan")) if t.is_floating_point() else t
-
-    torch.empty = poisoned  # what no kernel writes must not pass for zeros
-    kinds: dict[str, Callable[..., dict[str, Any]]] = {"check": check, "fold": check_fold, "nan": nan_of_query}
-    for line in sys.stdin:
-        request = json.loads(line)
-        try:
-            answer = kinds[request.pop("kind")](**request)
-        except Exception:
-            answer = {"failure": traceback.format_exc()}
-        print(json.dumps(answer), flush=True)
-
+KINDS: dict[str, Callable[..., dict[str, Any]]] = {"check": check, "fold": check_fold, "nan": nan_of_query}
 
 if __name__ == "__main__":
-    main()
+    serve(lambda kind, **request: KINDS[kind](**request))
