@@ -1,6 +1,7 @@
 """Policy ``adaptive``: for every head the cheapest pattern whose measured recall reaches a target, or dense.
 
-The probe (section 3.3 of MMInference: online estimation from the last rows) is read as key blocks *relative to the
+The probe is that of the last rows (section 3.3 of MMInference) and of rows from all over the prompt, half of which only
+check what the others chose (``spread_probe``). It is read as key blocks *relative to the
 query tile*, so the mass that a window, the sinks or a block diagonal would cover is known exactly, not estimated from
 overlapping marginals. Three rules keep the choice from fitting the probe rows rather than the head:
 
@@ -9,14 +10,15 @@ overlapping marginals. Three rules keep the choice from fitting the probe rows r
 * mass near the probe rows belongs to the window: the last columns are seen by the probe rows and few others;
 * columns are taken in the order of their mass, also where a listed block happens to cover them for the probe rows.
 
-What is reported is the recall of the pairs of the final plan. A head that misses the target, or would not be sparse,
-runs dense. Nothing waits for the device.
+What is reported is the recall of the pairs of the final plan on the rows that check. A head that misses the target, or
+would not be sparse, runs dense. Nothing waits for the device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -26,17 +28,19 @@ from mmi_compile.kernels.frames import TileShape, ramp, remembered
 from mmi_compile.kernels.geometry import Geometry
 from mmi_compile.kernels.plan import RECORD, Plan, TileRecord
 from mmi_compile.kernels.planner import Lowered, dense_plan, lower, make_dense
-from mmi_compile.kernels.probe import run_probe
+from mmi_compile.kernels.probe import LAST_Q, run_probe
 from mmi_compile.kernels.search import (
     A_SHAPE,
     DENSE,
     GRID,
     VERTICAL_SLASH,
+    ProbeFrame,
     Search,
     max_columns,
     max_diagonals,
     probe_frame,
 )
+from mmi_compile.kernels.spread_probe import SPREAD_GROUPS, run_spread_probe
 
 __all__ = [
     "A_SHAPE", "DENSE", "GRID", "PATTERN_NAMES", "VERTICAL_SLASH", "HeadChoice", "adaptive_plan", "max_columns",
@@ -45,6 +49,9 @@ __all__ = [
 
 PATTERN_NAMES = ("dense", "a_shape", "vertical_slash", "grid")
 """Names of the codes in ``HeadChoice.pattern``."""
+
+SLACK = 1.5
+"""What rows that took no part in the choice may lose, in units of what those that did may: the estimate is noisy."""
 
 _START, _SINKS, _BLOCKS, _COLUMNS = (
     TileRecord._fields.index(name) for name in ("window_start", "sink_stop", "num_blocks", "num_columns")
@@ -85,7 +92,8 @@ class HeadChoice:
 
     @property
     def recall(self) -> Tensor:
-        """Share of the probe rows' probability on the plan's pairs, before the last rows become dense."""
+        """Share of the probability of the rows that check (of the last rows where none do) on the plan's pairs, before
+        the last rows become dense."""
         return torch.where(self.sparse, self.tried.recall, 1.0).clamp(max=1.0)
 
     @property
@@ -139,15 +147,18 @@ def adaptive_plan(
     max_density: float = 0.5,
     strides: Sequence[int] = (),
     dense_tail: bool = True,
+    groups: int | None = None,
 ) -> tuple[Plan, HeadChoice]:
-    """Choose a pattern for each head from one probe, and lay out its plan.
+    """Choose a pattern for each head from a probe, and lay out its plan.
 
     Args:
         q: floating ``[B, HQ, q_len, D]``; k: ``[B, HKV, kv_len, D]``; scale: factor on the scores.
         recall: share of the probability that must stay, in (0, 1].
         max_density: above this share of the dense cost a head runs dense.
         strides: grid strides to try beside the estimated one, in tokens (tokens per image row or video frame).
-        dense_tail: keep every key for the tiles of the probe rows: they carry the answer and cost next to nothing.
+        dense_tail: keep every key for the tiles of the last rows: they carry the answer and cost next to nothing.
+        groups: groups of rows from all over the prompt that choose beside the last rows, and as many that check; 0 for
+            the last rows alone, as in the paper. None for 16, or 0 where the prompt is short.
 
     Raises:
         ValueError: ``recall`` or ``max_density`` out of range, or a stride below 1.
@@ -157,15 +168,18 @@ def adaptive_plan(
         return _without_rows(geometry, tiles, q.device)
     g, bn = geometry, tiles.block_n
     peaks = max_diagonals(g.kv_len, bn)
+    groups = _groups(g) if groups is None else groups
     probe = run_probe(q, k, g, scale, block_m=tiles.block_m, peaks=peaks, nearest=bn)
-    frame = remembered(probe_frame, g, tiles, q.device)
-    search = Search.of(probe, g, tiles, frame, recall)
+    frame = remembered(_frame_of(groups), g, tiles, q.device)
+    spread = None if frame.spread is None else run_spread_probe(q, k, g, scale, frame.spread, bn)
+    search = Search.of(probe, spread, g, tiles, frame, recall)
     found = search.choose(strides)
     lowered = lower(found.rules, g, tiles, diagonals=found.diagonals, frame=frame.tiles)
     plan = lowered.plan
-    measured = measure_recall(lowered, search)
+    chosen, measured = measure_recall(lowered, search)
     work = plan.work()
-    sparse = (found.pattern != DENSE) & (measured >= recall) & (work.sum(-1) / frame.full <= max_density)
+    reached = (chosen >= recall) & (measured >= 1 - SLACK * (1 - recall))
+    sparse = (found.pattern != DENSE) & reached & (work.sum(-1) / frame.full <= max_density)
     tail = frame.tail if dense_tail else torch.zeros_like(frame.tail)
     which = sparse[..., None] <= tail  # not sparse, or in the tail
     choice = HeadChoice(
@@ -177,18 +191,16 @@ def adaptive_plan(
     return make_dense(plan, which, frame.tiles), choice
 
 
-def measure_recall(lowered: Lowered, search: Search) -> Tensor:
-    """Share of the probability of the probe rows that lies on the plan's pairs, float ``[B, HQ]``.
+def measure_recall(lowered: Lowered, search: Search) -> tuple[Tensor, Tensor]:
+    """Share of the probability of probe rows that lies on the plan's pairs, float ``[B, HQ]``: of the rows by which the
+    pattern was chosen, and of those that check it.
 
     Exact: all rows of a tile visit the same keys, and pairs that the model hides have no mass. NaN where no probe
     row is live.
     """
-    plan, frame, mass = lowered.plan, search.frame, search.mass
-    records = plan.tiles[..., 0, :]
-    if frame.first_tile is None:
-        tiles = records.gather(2, frame.tile[..., None].expand(*mass.shape[:3], RECORD))
-    else:
-        tiles = records[:, :, frame.first_tile : frame.first_tile + mass.shape[2]]
+    plan, frame = lowered.plan, search.frame
+    mass = torch.cat([search.mass, search.checked], 2)
+    tiles = plan.tiles[..., 0, :].gather(2, frame.tile[..., None].expand(*mass.shape[:3], RECORD))
     tiles = tiles[..., None, :]  # [B, HQ, PT, 1, RECORD]
     block = ramp(mass.shape[-1], mass.device)
     # Blocks left of the sinks and diagonals left of what a tile may see hold no mass.
@@ -196,15 +208,19 @@ def measure_recall(lowered: Lowered, search: Search) -> Tensor:
     if lowered.diagonals is not None:
         ahead = frame.ahead.expand(*mass.shape)
         visited = visited | lowered.diagonals[:, :, None].expand(*mass.shape[:3], -1).gather(-1, ahead)
-    covered = (mass * visited).sum((-1, -2))
+    covered = (mass * visited).sum(-1)
     if plan.columns.shape[-1]:
         columns = plan.columns.long()[:, :, None].expand(-1, -1, mass.shape[2], -1)
         in_use = ramp(columns.shape[-1], mass.device) < tiles[..., _COLUMNS]
         # True > False: in use, and not in a block that is visited already.
         own = in_use > visited.gather(-1, columns // plan.block_n)
-        covered = covered + (search.probe.tiles.gather(-1, columns) * own).sum((-1, -2))
+        covered = covered + (search.mass_at(plan.columns.long()) * own).sum(-1)
     # NaN inputs and heads without any live row give NaN here, and such a head then runs dense.
-    return covered / search.total
+    count = search.mass.shape[2]
+    chosen = covered[..., :count].sum(-1) / search.total
+    if frame.spread is None:
+        return chosen, chosen
+    return chosen, covered[..., count:].sum(-1) / search.checked.sum((-1, -2))
 
 
 def _check(recall: float, max_density: float, strides: Sequence[int]) -> None:
@@ -214,6 +230,16 @@ def _check(recall: float, max_density: float, strides: Sequence[int]) -> None:
         raise ValueError(f"max_density is {max_density}; give a share from 0 to 1, such as 0.5")
     if any(stride < 1 for stride in strides):
         raise ValueError(f"strides {list(strides)} must be token counts of 1 or more")
+
+
+def _groups(geometry: Geometry) -> int:
+    """Groups of the spread probe: none where the last rows are a good part of all."""
+    return SPREAD_GROUPS if geometry.q_len >= 8 * LAST_Q else 0
+
+
+@lru_cache(maxsize=8)
+def _frame_of(groups: int) -> Callable[[Geometry, TileShape, torch.device], ProbeFrame]:
+    return partial(probe_frame, groups=groups)
 
 
 def _without_rows(geometry: Geometry, tiles: TileShape, device: torch.device) -> tuple[Plan, HeadChoice]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mmi_compile.kernels.geometry import Geometry
-from mmi_compile.kernels.probe import last_live_position
+from mmi_compile.kernels.probe import first_live_key, last_live_position
 
 KEPT = 16
 """Geometries whose facts are kept, for a few users each: the layers of a model share one geometry."""
@@ -103,19 +103,6 @@ def _tile_frame(geometry: Geometry, tiles: TileShape, device: torch.device) -> T
     low = torch.arange(0, g.q_len, tiles.block_m, device=device, dtype=torch.int32) + g.q_offset
     high = (low + (tiles.block_m - 1)).clamp(max=g.q_len + g.q_offset - 1)
     return TileFrame.of(low[None, None], high[None, None], g, tiles.block_n)
-
-
-def first_live_key(geometry: Geometry, device: torch.device) -> Tensor:
-    """The first live key, int64 ``[B]``; ``kv_len`` where no key is live."""
-    if geometry.key_padding is not None:
-        j = torch.arange(geometry.kv_len, device=device)
-        live = geometry.key_padding.to(device)
-        if geometry.kv_start is not None:
-            live = live & (j >= geometry.kv_start.to(device)[:, None])
-        return torch.where(live, j, geometry.kv_len).amin(-1)
-    if geometry.kv_start is not None:
-        return geometry.kv_start.to(device, torch.int64)
-    return torch.zeros(geometry.batch, dtype=torch.int64, device=device)
 
 
 def _first_visible(low: Tensor, origin: Tensor, geometry: Geometry) -> Tensor:

@@ -18,12 +18,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mmi_compile.kernels.frames import constant, first_live_key
+from mmi_compile.kernels.frames import constant
 from mmi_compile.kernels.geometry import Geometry
 from mmi_compile.kernels.plan import Plan
-from mmi_compile.kernels.plan_rows import PlanRows, visible_keys
+from mmi_compile.kernels.plan_rows import PlanRows
 from mmi_compile.kernels.planner import make_dense
-from mmi_compile.kernels.probe import LAST_Q, head_chunks, last_live_position, row_scores
+from mmi_compile.kernels.probe import LAST_Q, first_live_key, head_chunks, last_live_position, row_scores, visible_keys
 
 GUARD_ROWS = 64
 """Rows that are looked at unless told otherwise."""

@@ -10,7 +10,7 @@ device: rows stand where the prompt has put them, so their positions stay in ten
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -30,12 +30,9 @@ from mmi_compile.kernels.fused_probe import (
 )
 from mmi_compile.kernels.geometry import Geometry
 from mmi_compile.kernels.launch import compile_kernel_ahead, device_arch, dtype_name, on_device
-from mmi_compile.kernels.probe import LAST_Q, head_chunks, row_scores
+from mmi_compile.kernels.probe import LAST_Q, row_weights
 from mmi_compile.kernels.segments import Segments
 from mmi_compile.kernels.spec import canonical_arch, padded_head_dim, supported
-
-CHUNK_BYTES = 128 << 20
-"""Scores that the reference holds at a time. One head at least is always processed whole."""
 
 ALL_KEYS = -1
 """In place of a key modality: keys in order."""
@@ -212,7 +209,7 @@ def reference_modality_probe(
             for key in sorted({t[1] for t in (*layout.ordered, *layout.compact) if t[0] == query})
         }
         heads = [head for other, head in layout.entries if other == query]
-        for some, weights in _weights(q, k, g, scale, heads, positions[:, query]):
+        for some, weights in row_weights(q, k, g, scale, heads, positions[:, query] - g.q_offset):
             for head, mass in zip(some, weights.unbind(1), strict=True):  # [B, L, kv_len]
                 columns[:, layout.entries.index((query, head))] = mass.sum(1)
                 for key, (keys, real) in where.items():
@@ -220,30 +217,6 @@ def reference_modality_probe(
                     if (query, key, head) in known:
                         target[:, known.index((query, key, head))] = (mass.gather(-1, keys) * real).sum(1)
     return ModalityProbe(segments, layout.entries, columns, layout.ordered, by_position, layout.compact, by_rank)
-
-
-def _weights(
-    q: Tensor, k: Tensor, geometry: Geometry, scale: float, heads: list[int], position: Tensor
-) -> Iterator[tuple[list[int], Tensor]]:
-    """Attention probabilities of the rows at ``position``, float ``[B, heads, L, kv_len]``, some heads at a time."""
-    g = geometry
-    work = torch.float64 if q.dtype == torch.float64 else torch.float32
-    rows = (position - g.q_offset).clamp(min=0)[:, None, :, None]
-    j = ramp(g.kv_len, q.device)
-    visible = j <= position[..., None]
-    if g.window:
-        visible = visible & (position[..., None] - j < g.window)
-    alive = g.live_keys(q.device)
-    if alive is not None:
-        visible = visible & alive[:, None]
-    hidden = ~visible[:, None]
-    step = max(1, CHUNK_BYTES // max(1, visible.numel() * work.itemsize))
-    for begin, end, kv_head in head_chunks(heads, g.group, step):
-        mine = torch.stack([q[:, h] for h in heads[begin:end]], 1)
-        asked = mine.gather(2, rows.expand(-1, end - begin, -1, q.shape[-1]))
-        scores = torch.stack([row_scores(asked[b], k[b, kv_head], work, scale) for b in range(g.batch)])
-        scores = scores.masked_fill(hidden, torch.finfo(work).min)
-        yield heads[begin:end], torch.softmax(scores, -1).masked_fill(hidden, 0.0)
 
 
 def _keys_by_distance(segments: Segments, geometry: Geometry, position: Tensor, key: int) -> tuple[Tensor, Tensor]:
@@ -318,63 +291,86 @@ def fused_modality_probe(
     by_rank = torch.empty(g.batch, len(layout.compact), g.kv_len, device=q.device)
     chosen = tiles or modality_tiles(device_arch(q.device), q.shape[-1])
     if layout.entries:
-        call = _Call(q, k, g, scale, segments, positions, layout)
-        log_sums = _run_passes(call, columns, chosen, programs)
+        call = _Call(PackedRows(q, k, g, scale, positions, layout.entries), segments)
+        log_sums = call.rows.run("modality_columns", chosen, programs, {"columns": columns})
         _run_distances(call, layout.ordered, by_position, log_sums, chosen.distances, programs)
         _run_distances(call, layout.compact, by_rank, log_sums, chosen.distances, programs)
     return ModalityProbe(segments, layout.entries, columns, layout.ordered, by_position, layout.compact, by_rank)
 
 
 @dataclass(frozen=True)
-class _Call:
-    """What the launches of one probe share."""
+class PackedRows:
+    """Probe rows of some *kinds* (here modalities), and which heads attend from them: what the launches share.
+
+    Attributes:
+        q, k, geometry, scale: of the attention. positions: int32 ``[B, kinds, L]``, contiguous, -1 for no row.
+        entries: pairs ``(kind, head)``, ascending.
+    """
 
     q: Tensor
     k: Tensor
     geometry: Geometry
     scale: float
-    segments: Segments
     positions: Tensor
-    layout: _Layout
+    entries: tuple[tuple[int, int], ...]
 
     def arguments(self) -> dict[str, Any]:
         """Arguments that several kernels take, by name."""
         return shared_arguments(self.q, self.k, self.geometry, self.scale, idle=self.positions) | {
             "positions": self.positions,
-            "heads_out": len(self.layout.entries),
+            "heads_out": len(self.entries),
             "modalities": self.positions.shape[1],
             "n_rows": self.positions.shape[2],
         }
 
+    def run(self, name: str, tiles: ModalityTiles, programs: int, extra: dict[str, Any]) -> Tensor:
+        """Two passes over the keys: statistics of the rows, then the kernel ``name`` with its own arguments.
 
-def _run_passes(call: _Call, columns: Tensor, tiles: ModalityTiles, programs: int) -> Tensor:
-    """Fill ``columns``; the logarithm of every row's sum, float ``[B, entries, 64]``."""
-    g, count, device = call.geometry, len(call.layout.entries), call.q.device
-    stats, sums = (_chunked(call, tile, programs) for tile in (tiles.stats, tiles.columns))
-    partial = torch.empty(2, g.batch, count, stats["n_chunks"], _ROWS, device=device)
-    log_sums = torch.empty(g.batch, count, _ROWS, device=device)
-    given = call.arguments() | {
-        "row_max": partial[0], "row_sum": partial[1], "stats_chunks": stats["n_chunks"], "log_sums": log_sums,
-        "columns": columns,
-    }  # fmt: skip
-    for name, chunks, tile in (
-        ("modality_row_stats", stats, tiles.stats),
-        ("modality_columns", sums, tiles.columns),
-    ):
-        # Packs vary fastest: programs that run at the same time then share keys in the L2 cache.
-        _launch(name, given | chunks, call.q, (g.batch * chunks["n_packs"], chunks["n_chunks"]), tile)
-    return log_sums
+        Returns:
+            The logarithm to base 2 of every row's sum, float ``[B, entries, 64]``.
+        """
+        g, count, device = self.geometry, len(self.entries), self.q.device
+        stats, sums = (self._chunked(tile, programs) for tile in (tiles.stats, tiles.columns))
+        partial = torch.empty(2, g.batch, count, stats["n_chunks"], _ROWS, device=device)
+        log_sums = torch.empty(g.batch, count, _ROWS, device=device)
+        given = self.arguments() | extra | {
+            "row_max": partial[0], "row_sum": partial[1], "stats_chunks": stats["n_chunks"], "log_sums": log_sums,
+        }  # fmt: skip
+        for kernel, chunks, tile in (("modality_row_stats", stats, tiles.stats), (name, sums, tiles.columns)):
+            # Packs vary fastest: programs that run at the same time then share keys in the L2 cache.
+            _launch(kernel, given | chunks, self.q, (g.batch * chunks["n_packs"], chunks["n_chunks"]), tile)
+        return log_sums
+
+    def launch_by_entry(self, name: str, tile: PassTile, keys: int, extra: dict[str, Any]) -> None:
+        """One program for each entry and ``tile.block_n`` of ``keys``; ``tile.heads`` is 1."""
+        packs, _ = _packs(self._wanted(), self.geometry.group, 1, False)
+        n_packs = len(packs) // 3
+        given = self.arguments() | extra | {"packs": constant(packs, self.q.device), "n_packs": n_packs}
+        _launch(name, given, self.q, (self.geometry.batch * n_packs, -(-keys // tile.block_n)), tile)
+
+    def _wanted(self) -> tuple[tuple[int, int, int], ...]:
+        return tuple((slot, head, kind) for slot, (kind, head) in enumerate(self.entries))
+
+    def _chunked(self, tile: PassTile, programs: int) -> dict[str, Any]:
+        g = self.geometry
+        packs, _ = _packs(self._wanted(), g.group, tile.heads, False)
+        n_packs, n_tiles = len(packs) // (3 * tile.heads), -(-g.kv_len // tile.block_n)
+        size = chunk_size(n_tiles, programs // (g.batch * n_packs))
+        assert -(-n_tiles // size) <= MOST_CHUNKS
+        packed = constant(packs, self.q.device)
+        return {"packs": packed, "n_packs": n_packs, "chunk_tiles": size, "n_chunks": -(-n_tiles // size)}
 
 
-def _chunked(call: _Call, tile: PassTile, programs: int) -> dict[str, Any]:
-    g = call.geometry
-    wanted = tuple((slot, head, query) for slot, (query, head) in enumerate(call.layout.entries))
-    packs, _ = _packs(wanted, g.group, tile.heads, False)
-    n_packs, n_tiles = len(packs) // (3 * tile.heads), -(-g.kv_len // tile.block_n)
-    size = chunk_size(n_tiles, programs // (g.batch * n_packs))
-    assert -(-n_tiles // size) <= MOST_CHUNKS
-    packed = constant(packs, call.q.device)
-    return {"packs": packed, "n_packs": n_packs, "chunk_tiles": size, "n_chunks": -(-n_tiles // size)}
+@dataclass(frozen=True)
+class _Call:
+    """What the launches of one probe of boundaries share."""
+
+    rows: PackedRows
+    segments: Segments
+
+    def arguments(self) -> dict[str, Any]:
+        """As of ``PackedRows``."""
+        return self.rows.arguments()
 
 
 def _run_distances(
@@ -384,11 +380,12 @@ def _run_distances(
     """Fill ``distances``, a row for each of ``wanted``: all in order, or all grouped."""
     if not wanted:
         return
-    g, device, segments, grouped = call.geometry, call.q.device, call.segments, wanted[0][1] != ALL_KEYS
+    probed, segments = call.rows, call.segments
+    g, device, grouped = probed.geometry, probed.q.device, wanted[0][1] != ALL_KEYS
     kinds = segments.seen.shape[1] if grouped else 1
-    newest = newest_keys(segments, call.positions).contiguous() if grouped else call.positions
+    newest = newest_keys(segments, probed.positions).contiguous() if grouped else probed.positions
     rows = tuple(
-        (slot, head, call.layout.entries.index((query, head)), query, max(key, 0))
+        (slot, head, probed.entries.index((query, head)), query, max(key, 0))
         for slot, (query, key, head) in enumerate(wanted)
     )
     packs, places = _packs(rows, g.group, tile.heads, True)
@@ -399,12 +396,12 @@ def _run_distances(
         "packs": constant(packs, device), "places": constant(places, device), "newest": newest,
         "key_order": segments.key_order, "key_start": segments.key_start.contiguous(), "log_sums": log_sums,
         "distances": distances, "n_packs": n_packs, "heads_out": len(wanted), "chunk_tiles": size, "kinds": kinds,
-        "stats_heads": len(call.layout.entries), "slots": segments.key_order.shape[1], "width": width,
+        "stats_heads": len(probed.entries), "slots": segments.key_order.shape[1], "width": width,
         "GROUPED": grouped,
     }  # fmt: skip
     if grouped:  # dead keys have no slot
         given |= {"HAS_BOUNDS": False, "HAS_PADDING": False}
-    _launch("modality_distances", given, call.q, (g.batch * n_packs, -(-n_tiles // size)), tile)
+    _launch("modality_distances", given, probed.q, (g.batch * n_packs, -(-n_tiles // size)), tile)
 
 
 @lru_cache(maxsize=128)
@@ -432,9 +429,9 @@ def _packs(
 
 
 def _launch(name: str, arguments: dict[str, Any], on: Tensor, grid: tuple[int, ...], tile: PassTile) -> None:
-    from mmi_compile.kernels import modality_probe_kernels
+    from mmi_compile.kernels import modality_probe_kernels, spread_probe_kernels
 
-    kernel = getattr(modality_probe_kernels, name)
+    kernel = getattr(spread_probe_kernels if name.startswith("spread") else modality_probe_kernels, name)
     given = arguments | {"HEADS": tile.heads, "BLOCK_N": tile.block_n}
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     with on_device(on):
@@ -466,15 +463,21 @@ def compile_ahead(arch: str, dtype: str, head_dim: int, *, special: bool = False
         kernel = getattr(modality_probe_kernels, name.split()[0])
         constants = {**shared, **extra, "HEADS": tile.heads, "BLOCK_N": tile.block_n}
         options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-        compiled[name] = compile_kernel_ahead(kernel, arch, constants, lambda name: _type(name, dtype), options)
+        compiled[name] = compile_kernel_ahead(kernel, arch, constants, lambda name: argument_type(name, dtype), options)
     return compiled
 
 
-_INT_POINTERS = frozenset({"packs", "places", "positions", "newest", "key_order", "key_start", "kv_start", "kv_stop"})
-_FLOAT_POINTERS = frozenset({"row_max", "row_sum", "log_sums", "columns", "distances"})
+_INT_POINTERS = frozenset({
+    "packs", "places", "positions", "newest", "key_order", "key_start", "kv_start", "kv_stop", "credit_start",
+    "credit_stop", "keys",
+})  # fmt: skip
+_FLOAT_POINTERS = frozenset({
+    "row_max", "row_sum", "log_sums", "columns", "distances", "credit", "by_tile", "mass"
+})  # fmt: skip
 
 
-def _type(argument: str, dtype: str) -> str:
+def argument_type(argument: str, dtype: str) -> str:
+    """The type of a kernel's argument, for ahead-of-time compilation; ``dtype`` is that of q and k."""
     if argument in _FLOAT_POINTERS or argument in _INT_POINTERS:
         return "*fp32" if argument in _FLOAT_POINTERS else "*i32"
     known = {"q": f"*{dtype}", "k": f"*{dtype}", "key_padding": "*u8", "scale": "fp32"}

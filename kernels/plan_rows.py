@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from mmi_compile.kernels.frames import ramp
-from mmi_compile.kernels.geometry import Geometry
 from mmi_compile.kernels.plan import RECORD, Plan, TileRecord
+from mmi_compile.kernels.probe import visible_keys
 
 
 def row_mask(plan: Plan, rows: Tensor) -> Tensor:
@@ -55,17 +55,6 @@ class PlanRows:
             keep |= grouped.gather(-1, self.block_of_key[:, None, None].expand_as(keep))
         keep = _with_columns(keep, plan.columns[:, heads], record)
         return keep & visible_keys(g, self.rows[:, rows])[:, None]
-
-
-def visible_keys(geometry: Geometry, rows: Tensor) -> Tensor:
-    """What the model's own mask lets these rows see, bool ``[B, R, kv_len]``; rows int64 ``[B, R]``."""
-    g, j = geometry, ramp(geometry.kv_len, rows.device)
-    i = (rows + g.q_offset)[..., None]
-    visible = j <= i
-    if g.window:
-        visible &= i - j < g.window
-    live = g.live_keys(rows.device)
-    return visible if live is None else visible & live[:, None]
 
 
 def _tiles_of_rows(plan: Plan, rows: Tensor) -> Tensor:

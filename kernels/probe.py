@@ -59,6 +59,19 @@ class Probe:
     beside: Tensor
 
 
+def first_live_key(geometry: Geometry, device: torch.device) -> Tensor:
+    """The first live key, int64 ``[B]``; ``kv_len`` where no key is live."""
+    if geometry.key_padding is not None:
+        j = torch.arange(geometry.kv_len, device=device)
+        live = geometry.key_padding.to(device)
+        if geometry.kv_start is not None:
+            live = live & (j >= geometry.kv_start.to(device)[:, None])
+        return torch.where(live, j, geometry.kv_len).amin(-1)
+    if geometry.kv_start is not None:
+        return geometry.kv_start.to(device, torch.int64)
+    return torch.zeros(geometry.batch, dtype=torch.int64, device=device)
+
+
 def last_live_position(geometry: Geometry, device: torch.device) -> Tensor:
     """One past the position of the last live query row, int64 ``[B]``.
 
@@ -221,6 +234,44 @@ def reference_probe(
         peak_distances=distances.clamp(0, g.q_len + g.q_offset - 1),
         beside=columns - on_peaks,
     )
+
+
+def row_weights(
+    q: Tensor, k: Tensor, geometry: Geometry, scale: float, heads: list[int], rows: Tensor
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Attention probabilities of any rows ``[B, L]``, float ``[B, heads, L, kv_len]``, some heads at a time.
+
+    A row that sees no key, such as one before the first position, gives zeros.
+    """
+    for some, scores, hidden in visible_scores(q, k, geometry, scale, heads, rows):
+        yield some, torch.softmax(scores, -1).masked_fill(hidden, 0.0)
+
+
+def visible_scores(
+    q: Tensor, k: Tensor, geometry: Geometry, scale: float, heads: list[int], rows: Tensor
+) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """Scaled scores of any rows ``[B, L]``, float ``[B, heads, L, kv_len]``, some heads at a time; and which pairs the
+    model hides, bool ``[B, 1, L, kv_len]``, whose scores are the lowest number there is."""
+    g, work = geometry, torch.float64 if q.dtype == torch.float64 else torch.float32
+    hidden = ~visible_keys(g, rows)[:, None]
+    index = rows.clamp(min=0)[:, None, :, None]
+    step = max(1, CHUNK_BYTES // max(1, hidden.numel() * work.itemsize))
+    for begin, end, kv_head in head_chunks(heads, g.group, step):
+        mine = torch.stack([q[:, h] for h in heads[begin:end]], 1)
+        asked = mine.gather(2, index.expand(-1, end - begin, -1, q.shape[-1]))
+        scores = torch.stack([row_scores(asked[b], k[b, kv_head], work, scale) for b in range(g.batch)])
+        yield heads[begin:end], scores.masked_fill_(hidden, torch.finfo(work).min), hidden
+
+
+def visible_keys(geometry: Geometry, rows: Tensor) -> Tensor:
+    """What the model's own mask lets these rows see, bool ``[B, R, kv_len]``; rows int64 ``[B, R]``."""
+    g, j = geometry, torch.arange(geometry.kv_len, device=rows.device)
+    i = (rows + g.q_offset)[..., None]
+    visible = j <= i
+    if g.window:
+        visible &= i - j < g.window
+    live = g.live_keys(rows.device)
+    return visible if live is None else visible & live[:, None]
 
 
 def phase_mass(mass: Tensor, strides: Sequence[int]) -> tuple[Tensor, ...]:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from mmi_compile.kernels.block_topk import BlockRules, select_blocks
-from mmi_compile.kernels.frames import TileFrame, TileShape, constant, first_live_key, keep, ramp, tile_frame
+from mmi_compile.kernels.frames import TileFrame, TileShape, constant, keep, ramp, tile_frame
 from mmi_compile.kernels.geometry import Geometry
 from mmi_compile.kernels.patterns import BlockTopK, Dense, Grid, Pattern, TriShape, VerticalSlash
-from mmi_compile.kernels.probe import best_phase, last_live_position, run_probe
+from mmi_compile.kernels.probe import best_phase, first_live_key, last_live_position, run_probe
 
 MIN_STRIDE = 16
 """Smallest stride that is estimated: below it a grid keeps more than 1/16 of all keys and is no longer sparse."""

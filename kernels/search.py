@@ -19,6 +19,7 @@ from mmi_compile.kernels.geometry import Geometry
 from mmi_compile.kernels.planner import block_offsets, list_size
 from mmi_compile.kernels.probe import Probe, best_phase, phase_mass, probe_rows, probe_tile_count
 from mmi_compile.kernels.rules import MIN_STRIDE, HeadRules, autocorrelation_stride
+from mmi_compile.kernels.spread_probe import SpreadProbe, SpreadRows, spread_rows
 
 DENSE, A_SHAPE, VERTICAL_SLASH, GRID = range(4)
 
@@ -115,12 +116,14 @@ class ProbeFrame:
 
     Attributes:
         tiles: facts of all query tiles.
-        tile: int64 ``[b, 1, PT]``, query tiles of the probe rows; first_tile: the first of them, where the host knows.
-        tail: bool ``[b, 1, QT]``, the same as a mask.
+        tile: int64 ``[b, 1, PT]``, query tiles of the probe rows: those of the last rows, those of the groups by which
+            patterns are chosen, and those of the groups by which they are checked.
+        tail: bool ``[b, 1, QT]``, tiles of the last rows.
+        spread: rows of these groups, ``G`` of each kind; None when there are none.
         edge: int64 ``[b, 1, PT, W]``, key block at each offset from the key block of the tile's first position.
         known: bool, likewise, whether there is one right of the sinks.
         ahead: int64 ``[b, 1, PT, key blocks]``, offset of each key block, 0 for those that are not left of the tile.
-        inside: bool ``[b, 1, kv_len]``, keys for which a column may be credited.
+        inside: bool ``[b, 1, kv_len]``, keys for which a column may be credited by the last rows.
         ladder: see ``window_ladder``.
         line_edge: int64 ``[b, 1, 1, L]``, one below the first key of each such window, seen from the first probe tile.
         costs: what candidates cost.
@@ -129,8 +132,8 @@ class ProbeFrame:
 
     tiles: TileFrame
     tile: Tensor
-    first_tile: int | None
     tail: Tensor
+    spread: SpreadRows | None
     edge: Tensor
     known: Tensor
     ahead: Tensor
@@ -142,31 +145,39 @@ class ProbeFrame:
     full: Tensor
 
 
-def probe_frame(geometry: Geometry, tiles: TileShape, device: torch.device) -> ProbeFrame:
-    """Made once per geometry without padding, through ``remembered``."""
+def probe_frame(geometry: Geometry, tiles: TileShape, device: torch.device, groups: int = 0) -> ProbeFrame:
+    """Made once per geometry without padding, through ``remembered``; ``groups`` of the spread probe choose, as many
+    check."""
     g, bm, bn = geometry, tiles.block_m, tiles.block_n
     facts = tile_frame(g, tiles, device)
-    rows = probe_rows(g, device)[: g.batch if g.has_padding else 1]
+    some = slice(g.batch if g.has_padding else 1)
+    rows = probe_rows(g, device)[some]
     query_tiles, key_blocks, positions = -(-g.q_len // bm), -(-g.kv_len // bn), g.q_len + g.q_offset
+    zone = min(LOCAL_ZONE, g.kv_len // 16)
+    sink_end = (facts.origin + (SINK_TOKENS - 1)) // bn + 1
     first_tile = rows[:, :1, None] // bm  # [b, 1, 1]
     tile = first_tile + ramp(probe_tile_count(g, rows.shape[1], bm), device, dtype=torch.int64)
     base = (tile * bm + g.q_offset) // bn
-    sink_end = (facts.origin + (SINK_TOKENS - 1)) // bn + 1
-    edge = base[..., None] - ramp(positions // bn + 2, device, dtype=torch.int64)
+    spread = None
+    if groups:
+        spread = spread_rows(g, device, groups, bm, sink_stop=sink_end[:, 0, 0] * bn, zone=zone)
+        tile = torch.cat([tile, spread.starts[some, None] // bm], -1)
+    edge_base = (tile * bm + g.q_offset) // bn
+    edge = edge_base[..., None] - ramp(positions // bn + 2, device, dtype=torch.int64)
     j, query_tile = ramp(g.kv_len, device), ramp(query_tiles, device)
     ladder = window_ladder(positions, bn)
     line_edge = (base[..., :1] - constant(ladder, device, torch.int64)) * bn
     # The first and the last key never count, so that an index out of range may read them for nothing.
-    credited = (rows[:, :1, None] + (g.q_offset - min(LOCAL_ZONE, g.kv_len // 16))).clamp(max=g.kv_len - 1)
+    credited = (rows[:, :1, None] + (g.q_offset - zone)).clamp(max=g.kv_len - 1)
     dense_work = (facts.stop - torch.minimum(facts.first, facts.latest)).clamp(min=0)
     return ProbeFrame(
         tiles=facts,
         tile=tile.clamp(max=query_tiles - 1),
-        first_tile=None if g.has_padding else (g.q_len - rows.shape[1]) // bm,
         tail=(query_tile >= first_tile) & (query_tile <= rows[:, -1:, None] // bm),
+        spread=spread,
         edge=edge.clamp(0, key_blocks - 1),
         known=(edge >= sink_end[..., None]) & (edge < key_blocks),
-        ahead=(base[..., None] - ramp(key_blocks, device, dtype=torch.int64)).clamp(min=0),
+        ahead=(edge_base[..., None] - ramp(key_blocks, device, dtype=torch.int64)).clamp(min=0),
         inside=(j >= sink_end * bn) & (j < credited),
         ladder=ladder,
         line_edge=line_edge.clamp(0, g.kv_len)[:, :, None] - 1,
@@ -203,45 +214,68 @@ class Search:
     """One probe, ready to be searched.
 
     Attributes:
-        mass: ``[B, HQ, PT, key blocks]``, mass of the probe rows of each tile on each key block.
+        mass: ``[B, HQ, PT, key blocks]``, mass of the probe rows of each tile on each key block; checked: of the groups
+            that check, ``[B, HQ, G, key blocks]``.
         total: ``[B, HQ]``, all of it; budget: how much may be lost.
         relative: ``[B, HQ, W]``, mass by block offset from the tile, sinks left out.
         missing: ``[B, HQ, W]``, mass outside sinks and a window of that many blocks.
-        credit: ``[B, HQ, kv_len]``, mass for which a column may be credited: none on a diagonal, in the sinks or near
-            the probe rows.
+        last_credit: ``[B, HQ, kv_len]``, mass of the last rows for which a column may be credited: none on a diagonal,
+            in the sinks or near the probe rows; credit: the same with that of the spread probe.
     """
 
     probe: Probe
+    spread: SpreadProbe | None
     geometry: Geometry
     tiles: TileShape
     frame: ProbeFrame
     mass: Tensor
+    checked: Tensor
     total: Tensor
     budget: Tensor
     relative: Tensor
     missing: Tensor
+    last_credit: Tensor
     credit: Tensor
 
     @classmethod
-    def of(cls, probe: Probe, geometry: Geometry, tiles: TileShape, frame: ProbeFrame, recall: float) -> Search:
-        """Reduce the probe to what all candidates need."""
+    def of(
+        cls, probe: Probe, spread: SpreadProbe | None, geometry: Geometry, tiles: TileShape, frame: ProbeFrame,
+        recall: float,
+    ) -> Search:  # fmt: skip
+        """Reduce the probes to what all candidates need."""
         mass = block_mass(probe.tiles, tiles.block_n)
-        at = frame.edge.expand(*mass.shape[:3], -1)
-        relative = (mass.gather(-1, at) * frame.known).sum(2)
+        last_credit = credit = probe.beside.clamp(min=0).mul_(frame.inside)
+        checked = mass[:, :, :0]
+        if spread is not None:
+            chosen, checked = spread.blocks.chunk(2, 2)
+            mass = torch.cat([mass, chosen], 2)
+            credit = last_credit + spread.credit
+        count = mass.shape[2]
+        at = frame.edge[:, :, :count].expand(*mass.shape[:3], -1)
+        relative = (mass.gather(-1, at) * frame.known[:, :, :count]).sum(2)
         total = mass.sum((2, 3))
         return cls(
             probe=probe,
+            spread=spread,
             geometry=geometry,
             tiles=tiles,
             frame=frame,
             mass=mass,
+            checked=checked,
             total=total,
             # A hair below the target, so that rounding cannot turn a head that just reaches it into a dense one.
             budget=total * ((1 - recall) * 0.999),
             relative=relative,
             missing=_after(running_sum(relative)),
-            credit=probe.beside.clamp(min=0).mul_(frame.inside),
+            last_credit=last_credit,
+            credit=credit,
         )
+
+    def mass_at(self, columns: Tensor) -> Tensor:
+        """Mass of each probe tile on some keys, ``[B, HQ, PT, K]``, those that check with it; columns int64
+        ``[B, HQ, K]``, of which the last key may be read for nothing."""
+        last = _at_keys(self.probe.tiles, columns)
+        return last if self.spread is None else torch.cat([last, self.spread.mass_at(columns, checking=True)], 2)
 
     def choose(self, strides: Sequence[int]) -> Found:
         """The cheapest candidate of each head."""
@@ -251,7 +285,7 @@ class Search:
         order = self.credit.topk(capacity, -1)
         rank = self._diagonal_rank()
         shape = self._a_shape()
-        slash = self._vertical_slash(order.indices[..., :usable], order.values[..., :usable], rank)
+        slash = self._vertical_slash(order.indices[..., :usable], rank)
         grid = self._grid(strides)
         none = ramp(1, device, dtype=torch.int64)
         widest = ramp(1, device, start=self.relative.shape[-1], dtype=torch.int64)
@@ -274,11 +308,11 @@ class Search:
         none = ramp(1, window.device, dtype=torch.int64)
         return _Best(self.frame.costs.window[window], window, none, none, none, none)
 
-    def _vertical_slash(self, columns: Tensor, credit: Tensor, rank: Tensor) -> _Best:
+    def _vertical_slash(self, columns: Tensor, rank: Tensor) -> _Best:
         """Try numbers of diagonals and windows; for each, the fewest columns that reach the target follow.
 
         Args:
-            columns: int64 ``[B, HQ, K]`` in descending order of ``credit`` (mass, same shape).
+            columns: int64 ``[B, HQ, K]`` in descending order of their credit.
             rank: as ``_diagonal_rank`` returns it.
         """
         frame, device = self.frame, columns.device
@@ -289,9 +323,10 @@ class Search:
         both = torch.stack([self.relative, frame.costs.diagonal.to(self.relative.dtype).expand_as(self.relative)], 2)
         uncovered = _after(running_sum(both[:, :, :, None] * left[:, :, None]), ladder)  # [B, HQ, 2, A, L]
         need = uncovered[:, :, 0] - self.budget[..., None, None]
-        mass = self._credit_by_tile(columns, credit)
+        mass = self._credit_by_tile(columns)
         block = (columns // self.tiles.block_n)[:, :, None].expand(*mass.shape)
-        distance = frame.ahead.expand(*mass.shape[:3], -1).gather(-1, block)  # block offset of each column
+        ahead = frame.ahead[:, :, : mass.shape[2]].expand(*mass.shape[:3], -1)
+        distance = ahead.gather(-1, block)  # block offset of each column
         rank_at = rank[:, :, None].expand(*mass.shape[:3], -1).gather(-1, distance)
         count = _columns_needed(mass, rank_at, distance, level, ladder, need)
         # What diagonals save is known by offset.
@@ -303,13 +338,16 @@ class Search:
         none = ramp(1, device, dtype=torch.int64)
         return _Best(cost, window, count.flatten(2).gather(-1, best[..., None])[..., 0], used, none, none)
 
-    def _credit_by_tile(self, columns: Tensor, credit: Tensor) -> Tensor:
-        """The credit of columns ``[B, HQ, K]``, shared out to the probe tiles by their mass: ``[B, HQ, PT, K]``."""
-        tiles = self.probe.tiles
-        if tiles.shape[2] == 1:
-            return credit[:, :, None]
-        mass = tiles.gather(-1, columns[:, :, None].expand(-1, -1, tiles.shape[2], -1))
-        return mass * (credit / mass.sum(2).clamp(min=1e-30))[:, :, None]
+    def _credit_by_tile(self, columns: Tensor) -> Tensor:
+        """The credit of columns ``[B, HQ, K]`` for each probe tile, ``[B, HQ, PT, K]``.
+
+        The last rows share theirs out to their tiles by mass.
+        """
+        credit = self.last_credit.gather(-1, columns)[:, :, None]
+        if self.probe.tiles.shape[2] > 1:
+            mass = _at_keys(self.probe.tiles, columns)
+            credit = mass * (credit / mass.sum(2, keepdim=True).clamp(min=1e-30))
+        return credit if self.spread is None else torch.cat([credit, self.spread.credit_at(columns)], 2)
 
     def _diagonal_rank(self) -> Tensor:
         """For each block offset the rank of the heaviest diagonal that needs it, int32 ``[B, HQ, list_size]``."""
@@ -337,10 +375,15 @@ class Search:
         # Line -1 has no mass: the sum up to line n is the mass on the first n lines.
         line = ramp(-(-g.kv_len // MIN_STRIDE) + 1, device, dtype=torch.int64)
         key = torch.addcmul(before[..., None], line, stride[..., None]).clamp(0, g.kv_len - 1)
-        on_line = running_sum(self.credit[:, :, None].expand(*key.shape[:3], -1).gather(-1, key))
+        on_line = running_sum(_at_keys(self.last_credit[:, :, None], key.flatten(2)).view(key.shape))
         lines = (frame.line_edge - before[..., None]) // stride[..., None]  # left of each window, [B, HQ, S, L]
+        gained = on_line.gather(-1, lines)
+        if self.spread is not None:
+            # All lines that its rows may credit lie beyond the usual windows; larger ones cover some of them twice.
+            spread = _at_keys(self.spread.credit[:, :, None], key.flatten(2)).view(key.shape)
+            gained = gained + spread.sum(-1, keepdim=True)
         ladder = constant(frame.ladder, device, torch.int64)
-        lost = self.missing.index_select(-1, ladder)[:, :, None] - on_line.gather(-1, lines)
+        lost = self.missing.index_select(-1, ladder)[:, :, None] - gained
         cost = frame.costs.grid_rung + (frame.costs.line / stride)[..., None]
         cost = torch.where(lost <= self.budget[..., None, None], cost, torch.inf)
         cost, best = cost.flatten(2).min(-1)
@@ -350,6 +393,11 @@ class Search:
             return _Best(cost, window, none, none, stride[..., 0], phase[..., 0])
         chosen = best[..., None] // len(frame.ladder)
         return _Best(cost, window, none, none, stride.gather(-1, chosen)[..., 0], phase.gather(-1, chosen)[..., 0])
+
+
+def _at_keys(x: Tensor, keys: Tensor) -> Tensor:
+    """``x [B, HQ, T, kv_len]`` at ``keys [B, HQ, K]``: ``[B, HQ, T, K]``."""
+    return x.gather(-1, keys[:, :, None].expand(-1, -1, x.shape[2], -1))
 
 
 def _side_by_side(parts: list[Tensor]) -> Tensor:

@@ -25,10 +25,12 @@ from mmi_compile.bench_peers import PEERS, Call, Family, kernel_families
 from mmi_compile.bench_rows import DTYPES, FAILED, SKIPPED, TOLERANCE, BenchOptions, Results, Row
 from mmi_compile.environment import describe_device, versions
 from mmi_compile.kernels.boundaries import build_bounded_plan
+from mmi_compile.kernels.dispatch import attention
 from mmi_compile.kernels.geometry import Geometry
 from mmi_compile.kernels.patterns import ByModality
 from mmi_compile.kernels.plan import Plan
 from mmi_compile.kernels.segments import Segments, segment
+from mmi_compile.runtime import AttentionRun
 
 T = TypeVar("T")
 
@@ -110,6 +112,9 @@ class _Bench:
     def _side_by_side(self, case: Case, qkv: tuple[Tensor, Tensor, Tensor]) -> Iterator[Row]:
         tokens, names = qkv[0].shape[2], self.options.peers
         yield from self._dense_peers(case, qkv, is_dense(case.patterns(self.options.heads)))
+        if case.kind == "dispatch":
+            yield from self._dispatch(case, qkv)
+            return
         if case.bounded:
             yield from self._segmentation(case, qkv)
         plan: Plan | None = None
@@ -144,6 +149,37 @@ class _Bench:
                     q.shape[2], case.name, "segmentation", True, kernel_ms=timing.device_ms, op_ms=timing.device_ms,
                     host_ms=timing.host_ms, repeats=timing.repeats, speedup=self._speedup(timing.device_ms),
                 )  # fmt: skip
+
+    def _dispatch(self, case: Case, qkv: tuple[Tensor, Tensor, Tensor]) -> Iterator[Row]:
+        """The operator under the policies ``exact`` and ``adaptive``: which kernel runs is its own choice."""
+        for policy in ("exact", "adaptive"):
+            row = Row(qkv[0].shape[2], case.name, f"mmi {policy}", True)
+            self.on_step(f"{row.tokens} tokens, {case.name}: {row.kernel}")
+            made = yield from self._caught(row, self._time_dispatch, row, qkv, policy)
+            if made is not None:
+                yield made
+
+    def _time_dispatch(self, row: Row, qkv: tuple[Tensor, Tensor, Tensor], policy: str) -> Row:
+        q, k, v = qkv
+        (batch, heads, tokens), scale = q.shape[:3], q.shape[-1] ** -0.5
+        geometry = Geometry(batch, heads, k.shape[1], tokens, tokens)
+
+        def run() -> tuple[Tensor, AttentionRun]:
+            return attention(
+                q, k, v, geometry, scale, lambda: torch.empty_like(q), policy=policy, recall=0.95, max_density=0.5,
+                min_tokens=-1,
+            )  # fmt: skip
+
+        timing = time_call(run, self.device, self.options.repeats)
+        (out, ran), memory = peak_bytes(run, self.device)
+        dense = not isinstance(ran.density, Tensor)
+        row = dataclasses.replace(
+            row, kernel=f"{row.kernel}: {'dense' if dense else 'sparse'}", op_ms=timing.device_ms,
+            density=1.0 if dense else float(torch.as_tensor(ran.density).mean()), host_ms=timing.host_ms,
+            speedup=self._speedup(timing.device_ms), repeats=timing.repeats,
+            scratch=None if memory is None else _share(memory - _bytes(q), qkv),
+        )  # fmt: skip
+        return self._judged(row, qkv, out, None) if dense else row
 
     def _families(self, q: Tensor) -> list[Family | str]:
         try:

@@ -62,6 +62,10 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
+CHOSEN = ("adaptive", "dispatch")
+"""Cases in which the policy chooses the patterns."""
+
+
 class CaseError(ValueError):
     """A case or a length that cannot be read; the message says what can."""
 
@@ -71,8 +75,9 @@ class Case:
     """One thing to measure.
 
     Attributes:
-        name: as given. kind: pattern name, ``"mix"``, ``"adaptive"``, or a boundary: ``"q"`` or ``"2d"``.
-        pattern: the pattern of all heads, None for ``mix``, ``adaptive`` and boundaries.
+        name: as given. kind: pattern name, ``"mix"``, ``"adaptive"``, a boundary (``"q"`` or ``"2d"``), or
+            ``"dispatch"``: the operator as a model calls it, which picks dense or sparse attention and the kernel.
+        pattern: the pattern of all heads, None for the other kinds.
         segments: runs of one modality in the prompt of a boundary, as in ``2d(2000)``; None for the usual prompt.
     """
 
@@ -90,7 +95,7 @@ class Case:
         """The pattern of every head; None when the policy chooses."""
         if self.bounded:
             return (BOUNDARIES[self.kind],) * heads
-        if self.kind == "adaptive":
+        if self.kind in CHOSEN:
             return None
         if self.kind == "mix":
             return tuple(MIX_PATTERNS[kind] for kind in mix(heads))
@@ -99,7 +104,7 @@ class Case:
 
     def input_kinds(self, heads: int) -> tuple[str, ...]:
         """What each head of the inputs resembles. Cases with the same answer are measured on the same tensors."""
-        if self.kind in ("mix", "adaptive"):
+        if self.kind == "mix" or self.kind in CHOSEN:
             return mix(heads)
         kind = "vertical_slash" if self.bounded else self.kind
         return (kind if kind in ("grid", "vertical_slash") else "a_shape",) * heads
@@ -161,7 +166,8 @@ def _parse_case(word: str) -> Case:
     read = re.fullmatch(r"(\w+)(?:\((.*)\))?", word)
     name = read[1] if read else word
     kinds = _pattern_kinds()
-    if name in ("mix", "adaptive", *BOUNDARIES) and read and read[2] is None:
+    special = ("mix", *CHOSEN, *BOUNDARIES)
+    if name in special and read and read[2] is None:
         return Case(word, name)
     if name in BOUNDARIES and read:
         segments = _value(read[2])
@@ -169,7 +175,7 @@ def _parse_case(word: str) -> Case:
             raise CaseError(f"{word!r}: {name} takes the number of segments in the prompt, 2 or more")
         return Case(word, name, segments=segments)
     if read is None or name not in kinds:
-        raise CaseError(f"unknown case {word!r}{did_you_mean(name, [*kinds, 'mix', 'adaptive', *BOUNDARIES])}")
+        raise CaseError(f"unknown case {word!r}{did_you_mean(name, [*kinds, *special])}")
     return Case(word, name, _parse_pattern(kinds[name], name, read[2] or ""))
 
 

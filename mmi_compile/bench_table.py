@@ -60,7 +60,7 @@ def print_table(results: Results, console: Any = None) -> None:
     for heading in HEADINGS:
         table.add_column(heading, justify="left" if heading in ("case", "kernel") else "right", no_wrap=True)
     before = None
-    for row in (row for row in results.rows if row.kernel_ms is not None):
+    for row in (row for row in results.rows if row.op_ms is not None):
         if before not in (None, (row.tokens, row.case)):
             table.add_row()
         before = (row.tokens, row.case)

@@ -96,7 +96,7 @@ def bench(
     batch: Annotated[int | None, typer.Option(help="Batch elements [1].")] = None,
     cases: Annotated[
         list[str] | None,
-        typer.Option(help="dense, mix, adaptive, q, 2d, 2d(SEGMENTS), or a pattern: 'a_shape(128,4096)'."),
+        typer.Option(help="dense, mix, adaptive, dispatch, q, 2d, 2d(SEGMENTS), or a pattern: 'a_shape(128,4096)'."),
     ] = None,
     peers: Annotated[
         list[str] | None,

@@ -24,8 +24,9 @@ from mmi_compile.kernels.frames import TileShape
 from mmi_compile.kernels.geometry import Geometry
 from mmi_compile.kernels.patterns import ByModality, HeadPattern, Pattern
 from mmi_compile.kernels.plan import Plan
-from mmi_compile.kernels.plan_rows import row_mask, visible_keys
+from mmi_compile.kernels.plan_rows import row_mask
 from mmi_compile.kernels.planner import build_plan, dense_plan, keep_tail
+from mmi_compile.kernels.probe import visible_keys
 from mmi_compile.kernels.segments import Segments, segment
 
 Rows: TypeAlias = Literal["all", "last", "both"]

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from mmi_compile.kernels.plan import Plan
-from mmi_compile.kernels.plan_rows import PlanRows, visible_keys
+from mmi_compile.kernels.plan_rows import PlanRows
+from mmi_compile.kernels.probe import visible_keys
 
 Order = Literal["prompt", "plan"]
 

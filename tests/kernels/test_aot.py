@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from mmi_compile.kernels.spec import SHARED_MEMORY, Features, choose_spec
 from mmi_compile.kernels.triton_attention import compile_ahead
+
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 pytest.importorskip("triton", reason="triton is published for Linux only")
 
@@ -21,12 +21,6 @@ REGIONS = Features(
     has_blocks=True, has_sinks=True, has_columns=True, has_block_bits=True, has_row_order=True, has_regions=True,
     has_key_order=True,
 )  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _own_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
-    monkeypatch.setenv("MMI_CACHE_DIR", str(tmp_path / "kernels"))
 
 
 def assert_compiles(

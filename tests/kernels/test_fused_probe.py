@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import pytest
@@ -262,11 +261,6 @@ def test_gpu_folded_mass_is_the_reference() -> None:
         torch.testing.assert_close(got.double().cpu(), want, rtol=1e-5, atol=0)
     own = torch.tensor(strides, device="cuda").expand(2, -1)
     assert torch.equal(best_phase(mass, own, longest=25_000).cpu(), best_phase(mass.cpu(), own.cpu()))
-
-
-@pytest.fixture
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
 def assert_compiles(arch: str, dtype: str, head_dim: int, special: bool) -> dict[str, Any]:

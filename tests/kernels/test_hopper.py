@@ -30,6 +30,8 @@ from mmi_compile.kernels.spec import SHARED_MEMORY, Features
 from tests.kernels.gluon_emulator import EmulatedKernel
 from tests.random_plans import check_contract, masked_attention, random_plan, random_qkv
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "kernels"
 SPARSE = Features(has_blocks=True, has_sinks=True, has_columns=True, has_block_bits=True)
 GATHERED = Features(has_sinks=True, has_columns=True, has_row_order=True)
@@ -41,12 +43,6 @@ REGIONS = Features(
     has_blocks=True, has_sinks=True, has_columns=True, has_block_bits=True, has_row_order=True, has_regions=True,
     has_key_order=True,
 )  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _own_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
-    monkeypatch.setenv("MMI_CACHE_DIR", str(tmp_path / "kernels"))
 
 
 def every_spec() -> list[HopperSpec]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import pytest
@@ -257,11 +256,6 @@ def test_tensors_without_a_kernel_are_named() -> None:
     s = segment(torch.zeros(1, 70, dtype=torch.int8), (0,), g, TILES)
     with pytest.raises(ValueError, match="architecture cpu"):
         fused_modality_probe(q, q, g, 1.0, s, [Asked(0, 0, 0, True)])
-
-
-@pytest.fixture
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
 def assert_compiles(arch: str, dtype: str, head_dim: int, special: bool) -> dict[str, Any]:
