@@ -36,7 +36,8 @@ def mminference(
 
     Raises:
         OptionError: an option or an ``MMI_…`` variable is wrong.
-        MMIError: under ``strict=True``, where a pass failed or a causal attention could not be rewritten as asked.
+        MMIError: under ``strict=True``, where a pass failed or a causal attention could not be rewritten as asked; or
+            the folder of ``dump`` cannot be written.
     """
     chosen = options if isinstance(options, Options) else Options.from_mapping(options)
     return compile_graph(gm, example_inputs, chosen, mode, _tell)
@@ -51,12 +52,12 @@ def compile_graph(
 ) -> CompiledFn:
     """Rewrite one graph, report it to ``observe``, compile it with the inner backend."""
     rewritten, report = rewrite_graph(gm, options, needs_grad=_needs_grad(gm, example_inputs))
+    if options.dump is not None and (report.sites or report.failure):
+        report.dump(options.dump)
     started, counts = time.perf_counter(), True
     try:
         if options.strict:
             _raise_if_left(report)
-        if options.dump is not None and report.sites:
-            report.dump(options.dump)
         return _inner(rewritten, example_inputs, options, mode)
     except (RestartAnalysis, SkipFrame):
         counts = False  # Dynamo's control flow, no failure of ours: it will trace and compile this frame again
@@ -88,17 +89,17 @@ def rewrite_graph(
         report; raised under ``strict``).
 
     Raises:
-        OptionError: ``skip_passes`` names a pass that does not exist.
+        OptionError: ``skip_passes`` or ``passes_until`` names a pass that does not exist.
         MMIError: a pass failed under ``strict``.
     """
     import mmi_compile.kernels.ops  # noqa: F401  registers mmi::…
     from mmi_compile.passes import PIPELINE, PassContext, run_pipeline
 
-    options.check_skip_passes([step.name for step in PIPELINE])
+    options.check_passes([step.name for step in PIPELINE])
     key = graph_key(gm, options)
     context = PassContext(options=options, graph_key=key, needs_grad=needs_grad)
     report = GraphReport(key=key, options=options, original=gm)
-    copy = _copy(gm)
+    copy = copy_graph(gm)
     try:
         run_pipeline(copy, context, PIPELINE, [report.observe])
     except Exception as error:
@@ -112,6 +113,8 @@ def rewrite_graph(
         return gm, report
     for site in context.open_sites():
         site.leave(Reason.SKIPPED, "rewrite")
+    if "cleanup" in context.passes_not_run:
+        copy.recompile()  # its code would still be that of the captured graph
     report.finish(context, copy)
     return (copy if context.changed else gm), report
 
@@ -123,7 +126,7 @@ def graph_key(gm: fx.GraphModule, options: Options) -> str:
     return hashlib.sha256(code.encode()).hexdigest()[:12]
 
 
-def _copy(gm: fx.GraphModule) -> fx.GraphModule:
+def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
     """A graph of our own over the same parameters: Dynamo's graph stays as it is, for the fall-back."""
     graph = fx.Graph(tracer_cls=getattr(gm.graph, "_tracer_cls", None))
     mapping: dict[fx.Node, fx.Node] = {}

@@ -20,7 +20,15 @@ if TYPE_CHECKING:
 
 FAILURE, USAGE = 1, 2
 
-app = typer.Typer(name="mmi", add_completion=False, no_args_is_help=True, help="MMInference for torch.compile.")
+_ABOUT = """MMInference for torch.compile: sparse prefill for vision-language models.
+
+Begin with `mmi explain script.py:build`, where build() returns a model and a dict of its forward arguments: it says
+what happens to each attention, and why. `mmi doctor` checks this installation.
+
+Exit codes: 0 all went well; 1 something failed, or was found wanting; 2 the command line cannot be used.
+"""
+
+app = typer.Typer(name="mmi", no_args_is_help=True, help=_ABOUT, rich_markup_mode="markdown")
 
 
 class CommandError(Exception):
@@ -81,7 +89,7 @@ def _commands(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
     ] = False,
 ) -> None:
-    """MMInference for torch.compile."""
+    pass
 
 
 @app.command()
@@ -288,20 +296,47 @@ _OPTION = typer.Option(
 def explain(
     script: Annotated[str, typer.Argument(metavar="SCRIPT.py:FUNCTION", help="A function that returns model, inputs.")],
     option: Annotated[list[str] | None, _OPTION] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON (see docs/report.md).")] = False,
     html: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Write the report as a page.")] = None,
+    svg: Annotated[
+        Path | None, typer.Option(metavar="FILE.svg", help="Draw the rewritten graphs around their attentions.")
+    ] = None,
     code: Annotated[bool, typer.Option("--code", help="Print the rewritten graphs as well.")] = False,
+    time: Annotated[
+        bool, typer.Option("--time", help="Run a second time, and measure every stage of the rewritten attentions.")
+    ] = False,
 ) -> None:
-    """Say what happens to each attention of a model, and why."""
-    report = _explained(script, option, {}, [html])
-    if html is not None:
-        html.write_text(report.html(), encoding="utf-8")
+    """Say what happens to each attention of a model, and why.
+
+    With `-o dump=FOLDER`, the graph after every pass is written as a Python file that runs. To find a pass at fault,
+    leave passes out: `-o passes_until=prove_mask` or `-o skip_passes=find_modality,cleanup`.
+    """
+    report = _explained(script, option, {}, [html, svg], timed=time)
+    for path, made in ((html, report.html), (svg, report.svg)):
+        if path is not None:
+            _write(path, made())
     if as_json:
         print(report.dumps())
-        return
-    print(report)
-    if code:
-        print(report.code())
+    else:
+        print(report)
+        if code:
+            print(report.code())
+    if not report.sites:
+        raise CommandError(_no_attention(report), FAILURE)
+
+
+def _no_attention(report: Any) -> str:
+    if "find_attention" in report.passes_not_run:
+        return "no attention was looked for: the options leave out the pass find_attention"
+    graphs = f"{len(report.graphs)} graph{'s' if len(report.graphs) != 1 else ''}"
+    return f"no attention was found in {graphs}; call scaled_dot_product_attention, or softmax between two products"
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise CommandError(f"cannot write {path}: {error.strerror}", FAILURE) from None
 
 
 @app.command()
@@ -316,6 +351,8 @@ def verify(
 ) -> int:
     """Compare every sparse head with exact attention on some rows of the prompt."""
     report = _explained(script, option, {"verify": 1.0, "guard_rows": rows}, [])
+    if not report.sites:
+        raise CommandError(_no_attention(report), FAILURE)
     told = [(site.layer, site.where, run) for site, run in report.runs() if run["guard"] is not None]
     if as_json:
         print(json.dumps([{"layer": layer, "where": where, **run["guard"]} for layer, where, run in told], indent=1))
@@ -345,7 +382,9 @@ def _verify_table(told: list[tuple[int | None, str, dict[str, Any]]]) -> Any:
     return table
 
 
-def _explained(script: str, given: list[str] | None, more: dict[str, Any], files: list[Path | None]) -> Any:
+def _explained(
+    script: str, given: list[str] | None, more: dict[str, Any], files: list[Path | None], *, timed: bool = False
+) -> Any:
     import os
 
     import mmi_compile
@@ -373,9 +412,18 @@ def _explained(script: str, given: list[str] | None, more: dict[str, Any], files
     if not isinstance(prompt, dict):
         raise CommandError(f"{script} must return the model and a dict of its forward arguments, or a list of them")
     try:
+        if timed:
+            from mmi_compile.report_time import explain_timed
+
+            return explain_timed(model, options, prompt)
         return mmi_compile.explain(model, options=options, **prompt)
-    except MMIError as error:
-        raise CommandError(str(error), FAILURE) from None
+    except Exception as error:
+        # What a backend raises, Dynamo wraps.
+        cause = getattr(error, "inner_exception", None) or error
+        if isinstance(cause, MMIError | OptionError):
+            raise CommandError(str(cause), USAGE if isinstance(cause, OptionError) else FAILURE) from None
+        first = (str(error).strip() or "no message").splitlines()[0]
+        raise CommandError(f"the model of {script} failed: {type(error).__name__}: {first}", FAILURE) from error
 
 
 def _built(place: str) -> tuple[Any, Any]:
@@ -405,17 +453,29 @@ def _built(place: str) -> tuple[Any, Any]:
 
 @app.command()
 def show(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG.json", help="A head config.")],
-    png: Annotated[Path | None, typer.Option("--png", metavar="FILE.png", help="Write the map as a picture.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the config, validated, as JSON instead.")] = False,
+    file: Annotated[Path, typer.Argument(metavar="FILE.json", help="A head config, or a report that was saved.")],
+    png: Annotated[
+        Path | None, typer.Option("--png", metavar="FILE.png", help="Write the map of a head config as a picture.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the file, validated, as JSON instead.")] = False,
 ) -> None:
-    """Show which pattern and boundary every head has, and how recall and density are spread."""
+    """Show a head config: the pattern and boundary of every head, and how recall and density are spread.
+
+    A report that `mmi explain --json` wrote is shown as well: what happened to each attention, and why.
+    """
     from mmi_compile.decision import MMIError
     from mmi_compile.head_config import HeadConfig
+    from mmi_compile.report_file import load_report, saved_text
     from mmi_compile.show import save_png, terminal_map
 
     try:
-        found = HeadConfig.load(config)
+        if _holds_report(file):
+            if png is not None:
+                raise CommandError("--png draws head configs, and this is a report; see mmi explain --svg")
+            report = load_report(file)
+            print(json.dumps(report, indent=1) if as_json else saved_text(report))
+            return
+        found = HeadConfig.load(file)
         if png is not None:
             save_png(found, png)
     except MMIError as error:
@@ -424,6 +484,15 @@ def show(
         print(json.dumps(found.to_json(), indent=1))
     else:
         _print(terminal_map(found))
+
+
+def _holds_report(path: Path) -> bool:
+    from mmi_compile.report_file import is_report
+
+    try:
+        return is_report(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError):
+        return False  # the reader of head configs says what is wrong
 
 
 def _print(what: Any) -> None:

@@ -51,7 +51,10 @@ class Reason(Enum):
         "which layer of the head config it is could not be told, so all heads run dense",
         "compile all decoder layers in one graph (mmi_compile.compile does), with a config that has as many",
     )
-    SKIPPED = ("a pass that it needs was skipped by the option skip_passes", "remove the pass from skip_passes")
+    SKIPPED = (
+        "a pass that it needs was left out by the option skip_passes or passes_until",
+        "remove the pass from skip_passes, or name it or a later one in passes_until",
+    )
     PASS_FAILED = ("a pass raised an exception", "please report it with the text shown; the graph ran untouched")
 
     @property
@@ -61,6 +64,11 @@ class Reason(Enum):
     @property
     def mend(self) -> str:
         return self.value[1]
+
+    @property
+    def anchor(self) -> str:
+        """Where the documentation says more: a heading of docs/reasons.md."""
+        return f"docs/reasons.md#{self.name.lower()}"
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,10 @@ NON_OPTIONS: Mapping[str, str] = {
 """Environment variables that start like an option's mirror and are none."""
 
 
+_FINDS = "find_attention"
+"""The pass without which no attention is known, so that none could be missed."""
+
+
 class OptionError(ValueError):
     """An option or its environment mirror is unknown or has a value that is not accepted."""
 
@@ -159,6 +163,15 @@ def _names() -> _Kind:
     return _Kind("tuple of str", accepts, check, parse)
 
 
+def _name() -> _Kind:
+    def check(value: Any) -> str | None:
+        if value is not None and not (isinstance(value, str) and value):
+            raise ValueError
+        return value
+
+    return _Kind("str | None", "a name or None", check, str.strip)
+
+
 def _head_config() -> _Kind:
     def check(value: Any) -> HeadConfig | None:
         if value is None or isinstance(value, HeadConfig):
@@ -269,7 +282,9 @@ class Options:
     )
     dump: Path | None = field(
         default=None,
-        metadata=_about(_folder(), "Folder that receives the graph after every pass.", shapes_code=False),
+        metadata=_about(
+            _folder(), "Folder that receives the graph after every pass, as Python files that run.", shapes_code=False
+        ),
     )
     inductor: Mapping[str, Any] | None = field(
         default=None,
@@ -279,6 +294,10 @@ class Options:
     skip_passes: tuple[str, ...] = field(
         default=(),
         metadata=_about(_names(), "Passes left out, by name; for finding faults."),
+    )
+    passes_until: str | None = field(
+        default=None,
+        metadata=_about(_name(), "The last pass that runs, by name; later ones are left out. For finding faults."),
     )
 
     def __post_init__(self) -> None:
@@ -295,6 +314,11 @@ class Options:
         if self.policy != "config" and self.head_config is not None:
             raise OptionError(
                 f'option "head_config" is for policy "config", and the policy is "{self.policy}"; change one of them'
+            )
+        if self.passes_until in self.skip_passes:
+            raise OptionError(
+                f'option "passes_until" ends with the pass "{self.passes_until}", which "skip_passes" leaves out; '
+                "name another pass, or do not skip it"
             )
 
     @classmethod
@@ -328,11 +352,27 @@ class Options:
         }
         return cls(**mirrored, **explicit)
 
-    def check_skip_passes(self, known: Sequence[str]) -> None:
-        """Raise OptionError when ``skip_passes`` names a pass that is not in ``known``, the pipeline's names."""
-        for name in self.skip_passes:
-            if name not in known:
-                raise OptionError(f'option "skip_passes" names an unknown pass "{name}"{did_you_mean(name, known)}')
+    def check_passes(self, known: Sequence[str]) -> None:
+        """Check ``skip_passes`` and ``passes_until`` against ``known``, the pipeline's names in order.
+
+        Raises:
+            OptionError: a pass is unknown, or ``strict`` is asked for without the pass that finds what it is about.
+        """
+        until = () if self.passes_until is None else (self.passes_until,)
+        for option, names in (("skip_passes", self.skip_passes), ("passes_until", until)):
+            for name in names:
+                if name not in known:
+                    raise OptionError(f'option "{option}" names an unknown pass "{name}"{did_you_mean(name, known)}')
+        if self.strict and _FINDS in known and not self.runs_pass(_FINDS, known):
+            raise OptionError(
+                f'option "strict" needs the pass "{_FINDS}", and skip_passes or passes_until leaves it out'
+            )
+
+    def runs_pass(self, name: str, pipeline: Sequence[str]) -> bool:
+        """Whether the pass called ``name`` runs, of a pipeline of these names."""
+        if name in self.skip_passes:
+            return False
+        return self.passes_until is None or pipeline.index(name) <= pipeline.index(self.passes_until)
 
     def to_json(self) -> dict[str, Any]:
         """All options as JSON values; a backend function becomes its qualified name, other objects their repr."""

@@ -12,14 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmi_compile import __version__, runtime
-from mmi_compile.decision import Decision, Reason
+from mmi_compile.decision import Decision, MMIError, Reason
+from mmi_compile.environment import versions
 from mmi_compile.record import LABELS
+from mmi_compile.report_program import Snapshot, program, readable
+from mmi_compile.report_time import KernelFacts, StageTime, predicted
 
 if TYPE_CHECKING:
     from torch import Tensor, fx
 
     from mmi_compile.options import Options
-    from mmi_compile.passes.base import PassContext
+    from mmi_compile.passes.base import AttentionSite, PassContext
 
 SCHEMA_VERSION = 1
 
@@ -36,6 +39,7 @@ class SiteReport:
         phase: ``prefill``, ``decode``, ``encoder`` or ``unclassified``.
         pattern: what the policy gives each head before the input is known.
         key: names the attention at run time.
+        facts: what the cost of its kernel depends on; not in JSON.
     """
 
     where: str
@@ -49,6 +53,7 @@ class SiteReport:
     pattern: str
     key: str
     decision: Decision | None
+    facts: KernelFacts | None = None
 
     def to_json(self) -> dict[str, Any]:
         decision = self.decision
@@ -61,8 +66,25 @@ class SiteReport:
         out["reason"] = decision.reason.name if decision is not None and decision.reason is not None else None
         out["detail"] = decision.detail if decision is not None else ""
         out["mend"] = decision.reason.mend if decision is not None and decision.reason is not None else ""
-        out["run"] = run_to_json(self.key)
+        out["anchor"] = decision.reason.anchor if decision is not None and decision.reason is not None else ""
+        out["run"] = run = run_to_json(self.key)
+        out["predicted"] = predicted(self.facts, run)
         return out
+
+
+@dataclass(frozen=True)
+class SitePlace:
+    """Where an attention is in its graph, by names of nodes, for drawing it.
+
+    Attributes:
+        found: the attention in the captured graph. node: the attention in the graph that is compiled.
+        operands: what ``node`` takes as q, k and v. mask: of ``found``; None where it has none.
+    """
+
+    found: str
+    node: str
+    operands: tuple[str, ...]
+    mask: str | None
 
 
 @dataclass
@@ -82,7 +104,13 @@ class GraphReport:
     seconds: dict[str, float] = field(default_factory=dict)
     failure: str = ""
     current_pass: str = ""
-    trace: list[tuple[str, str]] = field(default_factory=list)
+    passes_not_run: list[str] = field(default_factory=list)
+    trace: list[Snapshot] = field(default_factory=list)
+    needs_grad: bool = False
+    changed: bool = False
+    places: list[SitePlace] = field(default_factory=list)
+    found: dict[int, str] = field(default_factory=dict)
+    live_inputs: frozenset[str] = frozenset()
 
     def observe(self, event: str, name: str, gm: fx.GraphModule, context: PassContext) -> None:
         """Pipeline observer: remembers which pass runs and how long each took."""
@@ -91,9 +119,11 @@ class GraphReport:
             self.seconds[name] = -time.perf_counter()
         else:
             self.seconds[name] += time.perf_counter()
+            for number, site in enumerate(context.sites):
+                self.found.setdefault(number, site.node.name)
             if self.options.dump is not None:
                 gm.recompile()
-                self.trace.append((name, _readable(gm)))
+                self.trace.append(Snapshot.of(name, gm))
 
     def finish(self, context: PassContext, gm: fx.GraphModule) -> None:
         """Take over what the passes found; ``gm`` is the graph that will be compiled."""
@@ -102,12 +132,24 @@ class GraphReport:
         self.modality_source = context.modality.source
         self.modality_labels = [label.partition("@")[0] for label in context.modality.labels]
         self.tagged = list(context.modality.tagged)
+        self.passes_not_run = list(context.passes_not_run)
+        self.needs_grad, self.changed = context.needs_grad, context.changed
+        self.places = [
+            SitePlace(
+                found=self.found.get(number, site.node.name), node=site.node.name,
+                operands=(site.q.name, site.k.name, site.v.name),
+                mask=None if site.mask is None else site.mask.name,
+            )
+            for number, site in enumerate(context.sites)
+        ]  # fmt: skip
+        if self.options.dump is not None:
+            self.live_inputs = frozenset(_inputs_of_padding(context))
         self.sites = [
             SiteReport(
                 where=site.where, layer=site.layer, source=site.source, form=site.form, shapes=site.shapes,
                 mask=str(site.mask_fact) if site.mask_fact is not None else "not examined",
                 expression=site.mask_fact.expression if site.mask_fact is not None else "",
-                phase=site.phase, pattern=site.pattern, key=site.key, decision=site.decision,
+                phase=site.phase, pattern=site.pattern, key=site.key, decision=site.decision, facts=_facts(site),
             )
             for site in context.sites
         ]  # fmt: skip
@@ -121,19 +163,31 @@ class GraphReport:
 
     def code(self, *, before: bool = False) -> str:
         """The graph that was compiled (or, with ``before``, the one Dynamo captured) as Python code."""
-        return _readable(self.original if before or self.rewritten is None else self.rewritten)
+        return readable(self.original if before or self.rewritten is None else self.rewritten)
 
     def dump(self, folder: str | Path) -> None:
-        """Write the captured graph, and the graph after every pass, as Python text into ``folder/<graph key>/``."""
+        """Write the captured graph, and the graph after every pass, into ``folder/<graph key>/``: Python files that run
+        on the CPU with inputs of the recorded shapes (see :mod:`mmi_compile.report_program`).
+
+        Raises:
+            MMIError: the folder or a file cannot be written.
+        """
+        from mmi_compile.report_steps import header, steps
+
         path = Path(folder) / self.key
-        path.mkdir(parents=True, exist_ok=True)
-        for number, (name, text) in enumerate([("captured", self.code(before=True)), *self.trace]):
-            (path / f"{number:02d}_{name}.py").write_text(text)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            for number, snapshot in enumerate(steps(self)):
+                text = program(snapshot, self.original.graph, header(self, number, snapshot), self.live_inputs)
+                (path / f"{number:02d}_{snapshot.name}.py").write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise MMIError(f'option "dump": cannot write to {path}: {error.strerror}; name another folder') from None
 
     def to_json(self) -> dict[str, Any]:
         return {
             "key": self.key,
             "nodes": {"before": self.nodes_before, "after": self.nodes_after},
+            "passes_not_run": self.passes_not_run,
             "modality": {
                 "source": self.modality_source, "labels": self.modality_labels, "tagged": self.tagged,
                 "prompt": modality_to_json(self.key),
@@ -150,15 +204,37 @@ def _reason(site: SiteReport) -> str:
     return decision.reason.name.lower() if decision is not None and decision.reason is not None else ""
 
 
-def _readable(gm: fx.GraphModule) -> str:
-    return str(gm.print_readable(print_output=False, include_stride=False, colored=False))
+def _facts(site: AttentionSite) -> KernelFacts | None:
+    from mmi_compile.passes.nodes import tensor_of
+
+    q = tensor_of(site.q)
+    if q is None or q.dim() != 4:
+        return None
+    size = q.shape[3]
+    return KernelFacts(str(q.device), q.dtype, size if isinstance(size, int) else None)
+
+
+def _inputs_of_padding(context: PassContext) -> set[str]:
+    """Names of the graph's inputs that say which keys are live."""
+    todo = [site.mask_fact.padding for site in context.sites if site.mask_fact is not None]
+    seen: set[fx.Node] = set()
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            todo += node.all_input_nodes
+    return {node.name for node in seen if node.op == "placeholder"}
 
 
 @dataclass(frozen=True)
 class Report:
-    """All graphs of one compilation or explanation."""
+    """All graphs of one compilation or explanation.
+
+    ``stages`` holds measured times where someone asked for them (:func:`mmi_compile.report_time.stage_times`).
+    """
 
     graphs: Sequence[GraphReport]
+    stages: Sequence[StageTime] = ()
 
     @property
     def sites(self) -> list[SiteReport]:
@@ -167,6 +243,11 @@ class Report:
     @property
     def rewritten(self) -> list[SiteReport]:
         return [site for site in self.sites if site.decision is not None and site.decision.rewritten]
+
+    @property
+    def passes_not_run(self) -> list[str]:
+        """Passes that the options left out, in order."""
+        return list(dict.fromkeys(name for graph in self.graphs for name in graph.passes_not_run))
 
     def runs(self) -> list[tuple[SiteReport, dict[str, Any]]]:
         """Each rewritten attention that has run, and its last run as in the JSON report."""
@@ -196,7 +277,9 @@ class Report:
             "schema": SCHEMA_VERSION,
             "version": __version__,
             "summary": self.summary(),
-            "options": _options_to_json(self.graphs[0].options) if self.graphs else {},
+            "options": options_to_json(self.graphs[0].options) if self.graphs else {},
+            "versions": versions(),
+            "stages": [stage.to_json() for stage in self.stages],
             "graphs": [graph.to_json() for graph in self.graphs],
         }
 
@@ -209,13 +292,20 @@ class Report:
 
         return render_html(self)
 
+    def svg(self) -> str:
+        """The graphs that hold attention as one picture: attentions before and after, what their masks and modalities
+        are computed from, and what died (dashed)."""
+        from mmi_compile.report_svg import report_svg
+
+        return report_svg(self)
+
     def __str__(self) -> str:
         from mmi_compile.report_text import render
 
         return render(self)
 
 
-def _options_to_json(options: Options) -> dict[str, Any]:
+def options_to_json(options: Options) -> dict[str, Any]:
     """The options; of a head config, which may have thousands of heads, what it is for and where it comes from."""
     plain = options.to_json()
     config = options.head_config

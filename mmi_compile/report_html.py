@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from importlib import resources
-from itertools import groupby
+from itertools import groupby, pairwise
+from pathlib import Path
 from typing import Any
 
 import jinja2
+from markupsafe import Markup
 
-from mmi_compile.environment import versions
 from mmi_compile.report import GraphReport, Report
+from mmi_compile.report_steps import difference, steps
+from mmi_compile.report_svg import STYLE, graph_svg
 
 KINDS = ("dense", "a_shape", "tri_shape", "vertical_slash", "grid", "block_topk")
 """Patterns that have a colour of their own."""
@@ -33,7 +36,22 @@ def render_html(report: Report) -> str:
     graphs.sort(key=lambda graph: not graph["rewritten"])  # stable: those that were changed come first
     for before, graph in zip([{"rewritten": True}, *graphs], graphs, strict=False):
         graph["first_left"] = before["rewritten"] and not graph["rewritten"]
-    return _template().render(data=data, graphs=graphs, sites=report.sites, versions=versions())
+    return _template().render(
+        data=data,
+        graphs=graphs,
+        sites=report.sites,
+        passes_not_run=report.passes_not_run,
+        kernels=_kernels(),
+        svg_style=Markup(STYLE),
+    )
+
+
+def _kernels() -> dict[str, str]:
+    """Source of the generated kernels that this process has loaded, by name of the file."""
+    files = [
+        Path(str(module.__file__)) for name, module in sys.modules.items() if name.startswith("mmi_compile_kernel_")
+    ]
+    return {file.name: file.read_text(encoding="utf-8") for file in sorted(files) if file.is_file()}
 
 
 @lru_cache(maxsize=1)
@@ -58,8 +76,11 @@ def _graph(told: dict[str, Any], graph: GraphReport) -> dict[str, Any]:
         "heads": max((len(row["cells"]) for row in rows), default=0),
         "kinds": [kind for kind in (*KINDS, "other") if kind in kinds],
         "steps": _steps(told["seconds"]),
-        "diff": list(_diff(graph.code(before=True), graph.code())) if graph.sites else [],
+        **_passes_or_problem(graph),
+        # Every text in it is escaped where it is made.
+        "svg": Markup(graph_svg(graph)),
         "code": graph.code(),
+        "code_before": graph.code(before=True),
     }
 
 
@@ -104,7 +125,14 @@ def _row(site: dict[str, Any]) -> dict[str, Any]:
     heads = run["patterns"][0] if run["patterns"] else []
     texts = heads or [f"dense, density {density:.3f}" for density in run["density_per_head"]]
     label = site["where"] if site["layer"] is None else f"layer {site['layer']}"
-    return {"label": label, "cells": [{"kind": _kind(text), "title": text} for text in texts]}
+    guard = (run.get("guard") or {}).get("recall_per_head") or []
+    known = [recall for recall in guard if recall is not None]
+    return {
+        "label": label,
+        "cells": [{"kind": _kind(text), "title": text} for text in texts],
+        "density": f"{run['density']:.1%}" if texts else "",
+        "recall": f"recall ≥ {min(known):.3g}" if known else "",
+    }
 
 
 def _kind(text: str) -> str:
@@ -120,7 +148,26 @@ def _steps(seconds: dict[str, float]) -> list[dict[str, Any]]:
     ]
 
 
-def _diff(before: str, after: str) -> Iterator[dict[str, str]]:
-    lines = difflib.unified_diff(before.splitlines(), after.splitlines(), "captured", "rewritten", lineterm="", n=2)
+def _passes_or_problem(graph: GraphReport) -> dict[str, Any]:
+    """Passes run again on what Dynamo captured, whose traced values may have been dropped since: the page says so."""
+    try:
+        return {"passes": list(_passes(graph)), "passes_problem": ""}
+    except Exception as error:
+        return {"passes": [], "passes_problem": f"{type(error).__name__}: {error}".splitlines()[0]}
+
+
+def _passes(graph: GraphReport) -> Iterator[dict[str, Any]]:
+    """What each pass changed, and the whole of it at the end."""
+    taken = steps(graph) if graph.sites else []
+    pairs = [*pairwise(taken), *([(taken[0], taken[-1])] if len(taken) > 1 else [])]
+    for number, (before, after) in enumerate(pairs, 1):
+        yield {
+            "name": after.name if number < len(taken) else "",
+            "nodes": f"{before.nodes} → {after.nodes}" if before.nodes != after.nodes else str(after.nodes),
+            "diff": list(_coloured(difference(before, after))),
+        }
+
+
+def _coloured(lines: Iterable[str]) -> Iterator[dict[str, str]]:
     for kind, group in groupby(lines, key=lambda line: {"+": "add", "-": "cut"}.get(line[:1], "")):
         yield {"kind": kind, "text": "\n".join(group)}

@@ -10,6 +10,7 @@ from typing import Any
 from mmi_compile import __version__
 from mmi_compile.record import LABELS
 from mmi_compile.report import GraphReport, Report, SiteReport, modality_to_json, run_to_json
+from mmi_compile.report_time import predicted
 
 WIDTH = 110
 _RUNS_SHOWN = 10
@@ -23,12 +24,15 @@ def render(report: Report) -> str:
     config = report.graphs[0].options.head_config if report.graphs else None
     if config is not None:
         lines.append(f"head config for {config.fingerprint.describe()}; from {config.provenance.describe()}")
+    if report.passes_not_run:
+        lines.append(f"not run, by skip_passes or passes_until: {', '.join(report.passes_not_run)}")
     for graph in report.graphs:
         if graph.sites or graph.failure:
             lines += ["", *_graph(graph)]
     tags = [name for graph in report.graphs for name in graph.tagged]
     if tags:
         lines += ["", f"modality masks recorded by graphs without attention: {', '.join(sorted(set(tags)))}"]
+    lines += _stages(report)
     if not report.sites:
         lines += ["", "no attention was found in any graph"]
     return "\n".join(lines)
@@ -49,6 +53,18 @@ def _graph(graph: GraphReport) -> list[str]:
             lines += _site(first, len(alike))
         else:
             lines += [line for site in alike for line in _site(site)]
+    return lines
+
+
+def _stages(report: Report) -> list[str]:
+    """Measured times, where someone asked for them."""
+    if not report.stages:
+        return []
+    lines = ["", "time by stage, all calls of one run"]
+    for stage in report.stages:
+        device = "" if stage.device_milliseconds is None else f" · {stage.device_milliseconds:.3f} ms on the GPU"
+        calls = f"{stage.calls} call{'s' if stage.calls != 1 else ''}"
+        lines.append(f"    {stage.what:<24}{calls} · {stage.host_milliseconds:.3f} ms{device}")
     return lines
 
 
@@ -140,13 +156,24 @@ def _site(site: SiteReport, count: int = 1) -> list[str]:
     times = f"  (×{count}, alike)" if count > 1 else ""
     lines = [f"  ● {layer}{site.where or 'attention'}{times}"]
     lines += _wrap("source", site.source)
-    lines += _wrap("shapes", f"{site.shapes} · {site.form} · {site.phase}")
+    lines += _wrap("shapes", " · ".join(filter(None, [site.shapes, site.form, site.phase])))
     lines += _wrap("mask", site.mask + (f"   ⇐ {site.expression}" if site.expression else ""))
     lines += _wrap("decision", str(site.decision))
     if site.decision is not None and site.decision.reason is not None:
-        lines += _wrap("mend", site.decision.reason.mend)
-    lines += _run(run_to_json(site.key)) if _done(site) else []
+        lines += _wrap("mend", f"{site.decision.reason.mend}  [{site.decision.reason.anchor}]")
+    if _done(site):
+        run = run_to_json(site.key)
+        lines += _run(run) + _predicted(predicted(site.facts, run))
     return lines
+
+
+def _predicted(told: dict[str, Any] | None) -> list[str]:
+    if told is None:
+        return []
+    times = ""
+    if told["milliseconds"] is not None:
+        times = f", {told['milliseconds']:.3g} of {told['dense_milliseconds']:.3g} ms for each batch element"
+    return _wrap("predicted", f"kernel takes {told['share_of_dense']:.1%} of dense{times}  [{told['source']}]")
 
 
 def _run(run: dict[str, Any] | None) -> list[str]:

@@ -90,6 +90,7 @@ class PassContext:
     modality: ModalityFact = field(default_factory=ModalityFact)
     dead_candidates: set[fx.Node] = field(default_factory=set)
     changed: bool = False
+    passes_not_run: list[str] = field(default_factory=list)
 
     def open_sites(self) -> list[AttentionSite]:
         return [site for site in self.sites if site.open]
@@ -111,9 +112,12 @@ Observer = Callable[[str, str, fx.GraphModule, PassContext], None]
 def run_pipeline(
     gm: fx.GraphModule, context: PassContext, passes: Sequence[Pass], observers: Sequence[Observer] = ()
 ) -> None:
-    """Run ``passes`` in order on ``gm`` in place. Exceptions pass through: the caller owns the untouched graph."""
+    """Run ``passes`` in order on ``gm`` in place, without those that ``skip_passes`` names and those after
+    ``passes_until``. Exceptions pass through: the caller owns the untouched graph."""
+    names = [step.name for step in passes]
     for step in passes:
-        if step.name in context.options.skip_passes:
+        if not context.options.runs_pass(step.name, names):
+            context.passes_not_run.append(step.name)
             continue
         for observer in observers:
             observer("before", step.name, gm, context)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -130,6 +131,15 @@ def other():
     return Local(), 3
 
 broken = lambda: 1 / 0
+
+def misfit():
+    return Local(), {"x": torch.zeros(3)}
+
+def unknown_argument():
+    return Local(), {"y": torch.zeros(3)}
+
+def nothing():
+    return nn.Linear(3, 3), {"input": torch.zeros(2, 3)}
 """
 
 
@@ -142,8 +152,10 @@ def script(tmp_path: Path) -> Path:
 
 @pytest.mark.fresh_dynamo
 def test_explain(script: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    page = tmp_path / "report.html"
-    assert cli.main(["explain", f"{script}:build", "-o", "policy=exact", "--html", str(page), "--code"]) == 0
+    page, drawing = tmp_path / "report.html", tmp_path / "graph.svg"
+    files = ["--html", str(page), "--svg", str(drawing)]
+    assert cli.main(["explain", f"{script}:build", "-o", "policy=exact", *files, "--code"]) == 0
+    assert drawing.read_text().startswith("<svg xmlns=")
     text = capsys.readouterr().out
     assert "1 of 1 attentions rewritten" in text
     assert "torch.ops.mmi.attention" in text
@@ -165,6 +177,8 @@ def test_verify(script: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "least recall" in capsys.readouterr().out
     assert cli.main(["verify", str(script), "-o", "policy=exact"]) == 0
     assert "nothing to verify" in capsys.readouterr().out
+    assert cli.main(["verify", f"{script}:nothing"]) == 1
+    assert "no attention was found" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -178,14 +192,53 @@ def test_verify(script: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ("script.py", ["-o", "polic=exact"], 'did you mean "policy"', 2),
         ("script.py", ["-o", "recall=2"], "MMI_RECALL must be", 2),
         ("script.py", ["--html", "absent/page.html"], "no folder", 2),
+        ("script.py", ["--html", "."], "cannot write .: Is a directory", 1),
+        ("script.py", ["--svg", "."], "cannot write .: Is a directory", 1),
+        ("script.py", ["-o", "dump=script.py/x"], "cannot write to script.py/x", 1),
+        ("script.py", ["-o", "passes_until=rewrit"], 'did you mean "rewrite"', 2),
+        ("script.py", ["-o", "passes_until=rewrite", "-o", "skip_passes=rewrite"], "leaves out", 2),
+        ("script.py", ["-o", "passes_until=canonicalize"], "leave out the pass find_attention", 1),
+        ("script.py:misfit", [], "the model of script.py:misfit failed: ", 1),
+        ("script.py:unknown_argument", [], "unexpected keyword argument 'y'", 1),
+        ("script.py:nothing", [], "no attention was found in 1 graph", 1),
+        ("no_import.py", [], "no_import.py failed: ModuleNotFoundError: No module named 'nothing_of_this_name'", 1),
+        ("no_syntax.py", [], "no_syntax.py failed: SyntaxError: ", 1),
     ],
 )
+@pytest.mark.fresh_dynamo
 def test_scripts_that_cannot_be_explained(
     place: str, more: list[str], words: str, code: int, script: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.chdir(script.parent)
+    Path("no_import.py").write_text("import nothing_of_this_name")
+    Path("no_syntax.py").write_text("def build(:")
     assert cli.main(["explain", place, *more]) == code
     error = capsys.readouterr().err
     assert words in error
-    assert len(error.strip().splitlines()) <= 3
+    assert len(error.strip().splitlines()) == 1
+
+
+@pytest.mark.fresh_dynamo
+def test_stages_are_measured_where_asked(script: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sparse = ["-o", "min_tokens=0", "-o", "recall=0.5", "-o", "max_density=1"]
+    assert cli.main(["explain", str(script), *sparse, "--time", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert {"mmi::plan", "mmi::kernel"} <= {stage["name"] for stage in told["stages"]}
+    assert cli.main(["explain", str(script), *sparse, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["stages"] == []
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shells_complete(shell: str) -> None:
+    """The script that a shell is given, and what that script then asks for."""
+    run = [sys.executable, "-m", "mmi_compile"]
+    # Else typer asks which shell the tests were started from.
+    environ = {**os.environ, "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    shown = subprocess.run([*run, "--show-completion", shell], env=environ, capture_output=True, text=True, timeout=120)
+    assert shown.returncode == 0, shown.stderr
+    assert f"_MMI_COMPLETE=complete_{shell}" in shown.stdout
+    if shell == "bash":
+        asked = {"_MMI_COMPLETE": "complete_bash", "COMP_WORDS": "mmi ex", "COMP_CWORD": "1"}
+        answer = subprocess.run(run, env={**os.environ, **asked}, capture_output=True, text=True, timeout=120)
+        assert answer.stdout.split() == ["explain"]

@@ -152,6 +152,8 @@ REFUSED = [
     ("skip_passes", "rewrite", "sequence of names"),
     ("skip_passes", [""], "sequence of names"),
     ("skip_passes", [1], "sequence of names"),
+    ("passes_until", "", "a name or None"),
+    ("passes_until", ["rewrite"], "a name or None"),
 ]
 
 
@@ -292,8 +294,36 @@ def test_variables_of_other_use_do_not_warn():
 def test_skip_passes_are_checked_against_the_pipeline():
     options = Options(skip_passes=("rewrit",))
     with pytest.raises(OptionError, match=r'unknown pass "rewrit"; did you mean "rewrite"\?'):
-        options.check_skip_passes(["canonicalize", "rewrite"])
-    Options(skip_passes=("rewrite",)).check_skip_passes(["canonicalize", "rewrite"])
+        options.check_passes(["canonicalize", "rewrite"])
+    Options(skip_passes=("rewrite",)).check_passes(["canonicalize", "rewrite"])
+
+
+def test_passes_until_is_checked_against_the_pipeline():
+    with pytest.raises(OptionError, match=r'"passes_until" names an unknown pass "rewrit"; did you mean "rewrite"\?'):
+        Options(passes_until="rewrit").check_passes(["canonicalize", "rewrite"])
+    Options(passes_until="rewrite").check_passes(["canonicalize", "rewrite"])
+
+
+def test_passes_until_and_skip_passes_may_not_contradict_each_other():
+    with pytest.raises(OptionError, match=r'ends with the pass "rewrite", which "skip_passes" leaves out'):
+        Options(passes_until="rewrite", skip_passes=("rewrite",))
+    Options(passes_until="rewrite", skip_passes=("cleanup",))
+
+
+@pytest.mark.parametrize("options", [{"passes_until": "canonicalize"}, {"skip_passes": ("find_attention",)}])
+def test_strict_needs_the_pass_that_finds_attention(options):
+    with pytest.raises(OptionError, match=r'"strict" needs the pass "find_attention"'):
+        Options(strict=True, **options).check_passes(["canonicalize", "find_attention", "rewrite"])
+
+
+@given(st.none() | st.integers(0, 4), st.sets(st.integers(0, 4)))
+def test_which_passes_run(last, skipped):
+    names = [f"p{i}" for i in range(5)]
+    if last in skipped:
+        return
+    options = Options(passes_until=None if last is None else names[last], skip_passes=[names[i] for i in skipped])
+    ran = [i for i in range(5) if options.runs_pass(names[i], names)]
+    assert ran == [i for i in range(5) if i not in skipped and (last is None or i <= last)]
 
 
 def test_json_holds_every_option_and_only_plain_values():
@@ -317,6 +347,7 @@ values = st.fixed_dictionaries(
         "strict": st.booleans(),
         "dense_tail": st.booleans(),
         "skip_passes": st.lists(st.from_regex(r"[a-z_]{1,8}", fullmatch=True), max_size=3),
+        "passes_until": st.from_regex(r"[A-Z_]{1,8}", fullmatch=True),
         "inductor": st.none() | st.dictionaries(st.text(max_size=4), st.booleans() | st.integers(), max_size=3),
     },
 )
@@ -350,6 +381,11 @@ def test_digest_is_equal_exactly_when_what_shapes_code_is(left, right):
 def test_digest_ignores_what_only_observes():
     assert Options(strict=True, dump="folder").digest() == Options().digest()
     assert len(Options().digest()) == 16
+
+
+def test_digest_knows_which_passes_run():
+    options = [Options(), Options(passes_until="rewrite"), Options(passes_until="cleanup"), Options(skip_passes=["x"])]
+    assert len({each.digest() for each in options}) == len(options)
 
 
 def test_digest_ignores_the_order_of_a_dict():

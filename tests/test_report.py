@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import threading
@@ -104,6 +105,18 @@ def only_code(text: str) -> str:
 def test_golden_report():
     model, inputs = tiny()
     assert_golden("report.txt", without_versions(str(mmi_compile.explain(model, options=OPTIONS, **inputs))) + "\n")
+
+
+def test_golden_json():
+    model, inputs = tiny()
+    told = mmi_compile.explain(model, options=OPTIONS, **inputs).to_json()
+    told["versions"] = sorted({"python", "torch"} & set(told["versions"]))
+    told["version"] = "VERSION"
+    (graph,) = told["graphs"]
+    graph["nodes"] = sorted(graph["nodes"])
+    graph["seconds"] = sorted(graph["seconds"])
+    text = json.dumps(told, indent=1, ensure_ascii=False) + "\n"
+    assert_golden("report.json", without_versions(text))
 
 
 def test_golden_rewritten_graph():
@@ -276,5 +289,52 @@ def test_dump_writes_the_graphs(tmp_path):
     with torch.no_grad():
         fast(**inputs)
     texts = [path.read_text() for path in sorted(tmp_path.rglob("*.py"))]
-    assert "mmi.attention" not in texts[0]
-    assert any("mmi.attention" in text for text in texts)
+    assert "mmi.attention.default(" not in texts[0]
+    assert any("mmi.attention.default(" in text for text in texts)
+
+
+def test_passes_that_did_not_run_are_told():
+    model, inputs = tiny()
+    made = mmi_compile.explain(model, options={**OPTIONS, "passes_until": "canonicalize"}, **inputs)
+    assert made.passes_not_run[0] == "find_attention"
+    assert "not run, by skip_passes or passes_until: find_attention, prove_mask" in str(made)
+    assert "Not run, by skip_passes or passes_until: find_attention" in made.html()
+    assert not mmi_compile.explain(model, options=OPTIONS, **inputs).passes_not_run
+
+
+def test_compiling_costs_no_text_pictures_or_measurements(monkeypatch):
+    """What a report shows is made when it is looked at; nothing is measured unless someone asks."""
+    from mmi_compile import report_graph, report_program, report_time
+    from mmi_compile.kernels import guard
+    from mmi_compile.profiling import Stopwatch
+
+    # pytest listens to every logger, so that PyTorch would write a structured trace, which holds the report.
+    monkeypatch.setattr(logging.getLogger("torch.__trace"), "handlers", [])
+    made = []
+
+    def count(owner, name):
+        original = getattr(owner, name)
+
+        def counted(*args, **kwargs):
+            made.append(name)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    for owner, name in (
+        (report, "readable"), (report_program.Snapshot, "of"), (report_program, "readable"), (report, "program"),
+        (report_graph, "picture"), (report, "predicted"), (report_time, "stage_times"), (report, "run_to_json"),
+        (report, "modality_to_json"), (report.GraphReport, "to_json"), (Stopwatch, "running"),
+        (guard, "measure"), (guard, "measure_recall"), (torch.profiler, "profile"),
+    ):  # fmt: skip
+        count(owner, name)
+    model, inputs = models.plain_causal(tokens=300, shape=models.Shape(layers=1))
+    options = {"inner": "eager", "min_tokens": 0, "recall": 0.5}
+    fast = torch.compile(model, backend="mminference", options=options)
+    with torch.no_grad():
+        fast(**inputs)
+        fast(**inputs)
+    assert made == []
+    mmi_compile.last_report().html()
+    assert {"readable", "run_to_json", "to_json"} <= set(made)
+    assert "running" not in made

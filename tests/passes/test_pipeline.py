@@ -343,6 +343,23 @@ def test_any_pass_can_be_left_out(skipped):
     assert harness.relative_error(run(result, inputs)[0][0], run(gm, inputs)[0][0]) < 1e-5
 
 
+@pytest.mark.parametrize("last", range(len(PIPELINE)))
+def test_the_pipeline_can_end_after_any_pass(last):
+    names = [step.name for step in PIPELINE]
+    gm, inputs = captured(Program(mask="bool", padding=True).run, *Program(mask="bool").inputs())
+    result, report = rewrite_graph(gm, Options(policy="exact", inner="eager", passes_until=names[last]))
+    assert not report.failure, report.failure
+    assert list(report.seconds) == names[: last + 1]
+    assert report.passes_not_run == names[last + 1 :]
+    found = [site.decision for site in report.sites]
+    if last >= names.index("rewrite"):
+        assert [decision.rewritten for decision in found] == [True]
+        assert "mmi.attention" in result.code
+    else:
+        assert [decision.reason for decision in found] == [Reason.SKIPPED] * (last >= names.index("find_attention"))
+    assert harness.relative_error(run(result, inputs)[0][0], run(gm, inputs)[0][0]) < 1e-5
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_static_and_dynamic_graphs(dynamic):
     program = Program(mask="bool", padding=False)
