@@ -39,6 +39,7 @@ from mmi_compile.kernels.patterns import (
     Dense,
     Grid,
     HeadPattern,
+    OwnPattern,
     Pattern,
     VerticalSlash,
 )
@@ -310,6 +311,8 @@ def region_work(pattern: Pattern, region: Region, *, spread: Spread = USUAL) -> 
     values = region.values()
     if region.rows <= 0 or region.keys <= 0:
         return Work()
+    if isinstance(pattern, OwnPattern):
+        raise ValueError(f"the cost of {pattern.name} is known from its plan alone; make one and ask plan_work")
     if not region.ordered and region.span > 2 * region.tiles.block_m and _has_diagonals(pattern):
         pattern = Dense()  # rows too far apart for a list of block diagonals
     if isinstance(pattern, VerticalSlash):

@@ -16,11 +16,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias, TypeVar
 
-from mmi_compile._suggest import did_you_mean
+from mmi_compile._suggest import did_you_mean, nearest
 
 SCORINGS = ("mean", "antidiagonal")
 """How ``block_topk`` scores a key block."""
@@ -194,7 +194,63 @@ class BlockTopK(_Named):
         return f"{self.name}({size}, {scoring}, local={self.local}, sink={self.sink})"
 
 
-Pattern: TypeAlias = Dense | AShape | TriShape | VerticalSlash | Grid | BlockTopK
+@dataclass(frozen=True)
+class OwnPattern(_Named):
+    """Base of patterns of your own: lines that are known before the input is.
+
+    Subclass it as a frozen dataclass with a ``name``, and register it with :func:`register_pattern`. Its fields are its
+    parameters; they must be hashable and have JSON forms (a list becomes a tuple). A head keeps pair ``(i, j)`` when
+    ``j`` is one of ``columns``, or ``i - j`` one of ``distances``, or ``a_shape(sink, local)`` keeps it, where a
+    subclass has fields of these names; without them ``sink`` is 0 and ``local`` 1, the row's own key.
+
+    Under a boundary of a ``ByModality`` head, both count as positions do there: in ``2d`` a column is a rank among the
+    keys of its modality. Neither waits for a device, since both are asked on the host, once for each length.
+    """
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, list):
+                object.__setattr__(self, field.name, tuple(value))
+        for field_name, least in (("sink", 0), ("local", 1)):
+            if hasattr(self, field_name):
+                _require(self.name, field_name, getattr(self, field_name), least)
+        try:
+            hash(self)
+        except TypeError as error:
+            raise TypeError(f"{self.name}: parameters must be hashable, such as numbers and tuples ({error})") from None
+
+    def columns(self, keys: int) -> Iterable[int]:
+        """Keys that every later row keeps, in tokens from the first live key; those outside ``0 … keys - 1`` are none.
+
+        Args:
+            keys: how many there are.
+        """
+        return ()
+
+    def distances(self, positions: int) -> Iterable[int]:
+        """Distances ``i - j`` that every row keeps, in tokens; those outside ``0 … positions - 1`` are none.
+
+        Kernels compute them in whole key blocks, so that distances closer to each other than a block cost as much as
+        a window.
+        """
+        return ()
+
+    def to_json(self) -> dict[str, Any]:
+        """A flat dictionary of JSON values whose key ``pattern`` holds the name.
+
+        Raises:
+            ValueError: no :func:`register_pattern` for this class, so that nothing could read it again.
+        """
+        if _KINDS.get(self.name) is not type(self):
+            raise ValueError(
+                f"{self.name}: {type(self).__qualname__} is not registered, or another class has taken its name since;"
+                " decorate it with @mmi_compile.register_pattern"
+            )
+        return super().to_json()
+
+
+Pattern: TypeAlias = Dense | AShape | TriShape | VerticalSlash | Grid | BlockTopK | OwnPattern
 
 
 @dataclass(frozen=True)
@@ -263,6 +319,39 @@ _KINDS: dict[str, type[Pattern]] = {
 }
 
 
+_BUILT_IN = frozenset(_KINDS)
+
+OwnT = TypeVar("OwnT", bound=OwnPattern)
+
+
+def register_pattern(kind: type[OwnT]) -> type[OwnT]:
+    """Make head configs and compiled graphs know a pattern of your own by its name; may be used as a decorator.
+
+    Import the module that does so before a head config that names the pattern is read, and before compiled code runs
+    that was cached on disk. Registering a name again replaces it, as a notebook cell that is run again does.
+
+    Raises:
+        TypeError: not a frozen dataclass that derives from ``OwnPattern``.
+        ValueError: no name, or that of a pattern which is built in.
+    """
+    if not (isinstance(kind, type) and issubclass(kind, OwnPattern)):
+        raise TypeError(f"{kind!r} is no subclass of OwnPattern; derive it from mmi_compile.OwnPattern")
+    if "__dataclass_params__" not in vars(kind) or not vars(kind)["__dataclass_params__"].frozen:
+        raise TypeError(f"{kind.__name__} is no frozen dataclass; decorate it with @dataclass(frozen=True)")
+    name = getattr(kind, "name", None)
+    if not isinstance(name, str) or not name.isidentifier():
+        raise ValueError(f'{kind.__name__} has no name; give it one, such as `name: ClassVar[str] = "my_pattern"`')
+    if name in _BUILT_IN:
+        raise ValueError(f'"{name}" is the name of a pattern that is built in; give {kind.__name__} another one')
+    if any(field.name == "pattern" for field in dataclasses.fields(kind)):
+        raise ValueError(f'{kind.__name__} has a field "pattern", where JSON holds the name; rename it')
+    _KINDS[name] = kind
+    from mmi_compile.kernels.layer_heads import parse_heads  # which needs this module
+
+    parse_heads.cache_clear()  # what it remembers may be made of what this replaces
+    return kind
+
+
 def from_json(data: Mapping[str, Any]) -> Pattern:
     """The pattern that ``to_json`` wrote.
 
@@ -273,13 +362,15 @@ def from_json(data: Mapping[str, Any]) -> Pattern:
     options = dict(data)
     name = options.pop("pattern", None)
     if not isinstance(name, str) or name not in _KINDS:
-        raise ValueError(f"unknown pattern {name!r}{did_you_mean(str(name), _KINDS)}")
+        own = "" if nearest(str(name), _KINDS) else "; if it is your own, import the module that registers it first"
+        raise ValueError(f"unknown pattern {name!r}{did_you_mean(str(name), _KINDS)}{own}")
     fields = dataclasses.fields(_KINDS[name])
     known = [field.name for field in fields]
     for key in options:
         if key not in known:
             raise ValueError(f'unknown option "{key}" for pattern {name}{did_you_mean(key, known)}')
-    missing = [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in options]
+    none = dataclasses.MISSING
+    missing = [f.name for f in fields if f.default is none and f.default_factory is none and f.name not in options]
     if missing:
         raise ValueError(f"pattern {name} lacks {', '.join(missing)}; add it to the entry")
     return _KINDS[name](**options)

@@ -13,7 +13,7 @@ from torch import Tensor
 from mmi_compile.kernels.block_topk import BlockRules, select_blocks
 from mmi_compile.kernels.frames import TileFrame, TileShape, constant, keep, ramp, tile_frame
 from mmi_compile.kernels.geometry import Geometry
-from mmi_compile.kernels.patterns import BlockTopK, Dense, Grid, Pattern, TriShape, VerticalSlash
+from mmi_compile.kernels.patterns import BlockTopK, Dense, Grid, OwnPattern, Pattern, TriShape, VerticalSlash
 from mmi_compile.kernels.probe import best_phase, first_live_key, last_live_position, run_probe
 
 MIN_STRIDE = 16
@@ -163,6 +163,10 @@ def estimate_rules(
             distances.append((heads.grid, _same_phase(stride, grids, heads.least_stride, everything)))  # type: ignore[arg-type]
         if heads.query_lines:
             lines = [(heads.grid, x[..., None].int()) for x in (stride, _query_phase(phase, grids))]  # type: ignore[arg-type]
+    if heads.own:
+        own = tuple(patterns[h] for h in heads.own)
+        columns += [(heads.own, x) for x in _own_columns(own, g, device)]
+        distances += [(heads.own, x) for x in _own_distances(own, g, device)]
     return HeadRules(
         sink=_sizes(patterns, "sink", 0, everything),
         local=constant(local, device)[None],
@@ -197,6 +201,7 @@ class _Heads:
     slash: tuple[int, ...]
     grid: tuple[int, ...]
     blocks: tuple[int, ...]
+    own: tuple[int, ...]
     strides: tuple[tuple[int | None, tuple[int, ...]], ...]
     least_stride: int
     same_phase: bool
@@ -225,6 +230,7 @@ def _sorted_heads(patterns: tuple[Pattern, ...]) -> _Heads:
         slash=slash,
         grid=tuple(h for _, heads in strides for h in heads),
         blocks=tuple(h for h, p in enumerate(patterns) if isinstance(p, BlockTopK)),
+        own=tuple(h for h, p in enumerate(patterns) if isinstance(p, OwnPattern)),
         strides=strides,
         least_stride=min((p.stride or MIN_STRIDE for p in grids.values()), default=1),
         same_phase=any(p.same_phase for p in grids.values()),
@@ -307,6 +313,36 @@ def _counted(
     same = min(counts) == max(counts)
     wanted = None if same else ramp(max(counts), device) < constant(counts, device)[:, None]
     return ramp(width, device) < most[:, None], wanted
+
+
+def _own_columns(patterns: tuple[Pattern, ...], geometry: Geometry, device: torch.device) -> list[Tensor]:
+    """Columns of heads with patterns of the user's own, int32 ``[B, H, C]``; nothing where they have none."""
+    g = geometry
+    listed = keep(_own_lines, (patterns, "columns", g.kv_len, g.kv_len), device)
+    if g.has_padding:
+        moved = listed + first_live_key(g, device).int()[:, None, None]
+        listed = torch.where(listed < g.kv_len, moved, g.kv_len).clamp(max=g.kv_len)
+    return [listed.expand(g.batch, -1, -1)] if listed.shape[-1] else []
+
+
+def _own_distances(patterns: tuple[Pattern, ...], geometry: Geometry, device: torch.device) -> list[Tensor]:
+    """Their distances, int32 ``[B, H, S]``."""
+    listed = keep(_own_lines, (patterns, "distances", geometry.q_len + geometry.q_offset, -1), device)
+    return [listed.expand(geometry.batch, -1, -1)] if listed.shape[-1] else []
+
+
+def _own_lines(patterns: tuple[Pattern, ...], what: str, size: int, none: int, device: torch.device) -> Tensor:
+    """What each pattern lists below ``size``, sorted, then ``none``: int32 ``[1, H, longest]``."""
+    lists = []
+    for pattern in patterns:
+        entries = set(getattr(pattern, what)(size))
+        for entry in entries:
+            if isinstance(entry, bool) or not isinstance(entry, int):
+                raise TypeError(f"{pattern.name}.{what} must give ints (tokens), gave {entry!r}")
+        lists.append(sorted(entry for entry in entries if 0 <= entry < size))
+    longest = max(map(len, lists))
+    filled = [entries + [none] * (longest - len(entries)) for entries in lists]
+    return torch.tensor(filled, dtype=torch.int32).view(1, len(lists), longest).to(device, non_blocking=True)
 
 
 def _strides_and_phases(heads: _Heads, probe: Masses) -> tuple[Tensor, Tensor]:

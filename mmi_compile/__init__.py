@@ -26,8 +26,10 @@ _LOCATIONS = {
     "Decision": "decision",
     "Reason": "decision",
     "Options": "options",
+    "OwnPattern": "kernels.patterns",
     "OptionError": "options",
     "Report": "report",
+    "register_pattern": "kernels.patterns",
     "search": "model_search",
 }
 
@@ -37,6 +39,7 @@ __all__ = [
     "MMIError",
     "OptionError",
     "Options",
+    "OwnPattern",
     "Reason",
     "Report",
     "__version__",
@@ -44,6 +47,7 @@ __all__ = [
     "explain",
     "last_report",
     "modality",
+    "register_pattern",
     "search",
 ]
 
@@ -52,6 +56,7 @@ if TYPE_CHECKING:
     from mmi_compile.decision import Decision, MMIError, Reason
     from mmi_compile.frontend import compile, explain
     from mmi_compile.head_config import HeadConfig
+    from mmi_compile.kernels.patterns import OwnPattern, register_pattern
     from mmi_compile.model_search import search
     from mmi_compile.options import OptionError, Options
     from mmi_compile.record import modality

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Group, RenderableType
@@ -23,6 +23,9 @@ PATTERNS = {
     "block_topk": ("B", "magenta", "#984ea3"),
 }
 """Letter, colour in the terminal and colour in the picture of every pattern."""
+
+OWN = ("O", "red", "#e41a1c")
+"""The same for patterns of the user's own."""
 
 BOUNDARY_MARKS = {"none": " ", "k": "k", "q": "q", "2d": "2"}
 
@@ -44,7 +47,7 @@ def terminal_map(config: HeadConfig) -> RenderableType:
     for number, layer in enumerate(config.layers):
         line = Text(f"{number:>{width}}  ", style="dim")
         for entry in layer:
-            letter, colour, _ = PATTERNS[main_pattern(entry)]
+            letter, colour, _ = PATTERNS.get(main_pattern(entry), OWN)
             line.append(f"{letter}{BOUNDARY_MARKS[entry.boundary]}", style=colour if letter != "D" else "dim")
         densities = [entry.density for entry in layer if entry.density is not None]
         if densities:
@@ -70,13 +73,18 @@ def _legend(config: HeadConfig) -> Iterator[Text]:
     entries = [entry for layer in config.layers for entry in layer]
     patterns = collections.Counter(main_pattern(entry) for entry in entries)
     line = Text()
-    for name, (letter, colour, _) in PATTERNS.items():
+    for name, (letter, colour, _) in _styles(patterns).items():
         if patterns[name]:
             line.append(f"{letter} {name} × {patterns[name]}   ", style=colour if letter != "D" else "dim")
     yield line
     boundaries = collections.Counter(entry.boundary for entry in entries)
     words = [f"{BOUNDARY_MARKS[b].strip() or '·'} boundary {b} × {n}" for b, n in sorted(boundaries.items())]
     yield Text("   ".join(words), style="dim")
+
+
+def _styles(names: Iterable[str]) -> dict[str, tuple[str, str, str]]:
+    """All built-in patterns, then those of ``names`` that are none."""
+    return PATTERNS | dict.fromkeys(sorted(set(names) - set(PATTERNS)), OWN)
 
 
 def values(config: HeadConfig, name: str) -> list[float]:
@@ -126,9 +134,10 @@ def save_png(config: HeadConfig, path: str | os.PathLike[str]) -> None:
     FigureCanvasAgg(figure)
     grid = figure.add_gridspec(2 if known else 1, max(1, len(known)), height_ratios=[3, 1] if known else [1])
     axes = figure.add_subplot(grid[0, :])
-    names = list(PATTERNS)
+    styles = _styles(main_pattern(entry) for layer in config.layers for entry in layer)
+    names = list(styles)
     cells = [[names.index(main_pattern(entry)) for entry in layer] for layer in config.layers]
-    colours = ListedColormap([colour for _, _, colour in PATTERNS.values()])
+    colours = ListedColormap([colour for _, _, colour in styles.values()])
     axes.imshow(cells, cmap=colours, vmin=-0.5, vmax=len(names) - 0.5, aspect="auto", interpolation="nearest")
     for layer, entries in enumerate(config.layers):
         for head, entry in enumerate(entries):
@@ -136,7 +145,7 @@ def save_png(config: HeadConfig, path: str | os.PathLike[str]) -> None:
                 axes.text(head, layer, entry.boundary, ha="center", va="center", fontsize=6)
     axes.set(xlabel="query head", ylabel="layer", title="pattern and boundary of each head")
     used = {cell for row in cells for cell in row}
-    marks = [Patch(color=PATTERNS[name][2], label=name) for i, name in enumerate(names) if i in used]
+    marks = [Patch(color=styles[name][2], label=name) for i, name in enumerate(names) if i in used]
     axes.legend(handles=marks, loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=8, frameon=False)
     for place, name in enumerate(known):
         part = figure.add_subplot(grid[1, place])
