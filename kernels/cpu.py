@@ -209,7 +209,13 @@ class _GroupRun:
 
     @property
     def _beyond(self) -> int:
-        return self.plan.geometry.q_len + self.plan.geometry.q_offset
+        return max(self.plan.geometry.kv_len, self.plan.geometry.q_len + self.plan.geometry.q_offset)
+
+    @cached_property
+    def intervals(self) -> tuple[Tensor, Tensor] | None:
+        """First key and one past the last of every row that has an interval of its own."""
+        g = self.plan.geometry
+        return None if g.row_start is None or g.row_stop is None else (g.row_start[self.b], g.row_stop[self.b])
 
     def attend(self, q: Tensor, out: Tensor, heads: range) -> None:
         """Fill ``out[heads]`` from ``q[heads]`` (both ``[HQ, q_len, D]``), tile by tile."""
@@ -235,7 +241,7 @@ class _GroupRun:
     def _plain(self, q: Tensor, out: Tensor, h: int) -> bool:
         """Run a head that is dense throughout as one fused call, when the mask is plainly causal."""
         g = self.plan.geometry
-        if self.alive is not None or g.window or g.q_offset or g.q_len != g.kv_len:
+        if self.alive is not None or g.window or g.has_rows or g.q_offset or g.q_len != g.kv_len:
             return False
         if not all(self._dense(h, tile) for tile in range(self.plan.query_tiles)):
             return False
@@ -313,6 +319,11 @@ class _GroupRun:
     def _window(self, region: _Region, low: int, high: int) -> tuple[int, int, tuple[tuple[int, int], ...]]:
         """Start, stop and tested stretches of a window over keys in order."""
         bn = self.plan.block_n
+        if self.plan.geometry.has_rows:
+            edges = (region.window_start, region.window_left, region.window_full, region.window_stop)
+            start, left, full, stop = (min(max(block * bn, self.live[0]), self.live[1]) for block in edges)
+            stretches = ((start, left), (full, stop)) if left < full else ((start, stop),)
+            return start, stop, tuple((begin, end) for begin, end in stretches if begin < end)
         start = max(region.window_start * bn, self._first(low))
         stop = max(start, min(region.window_stop * bn, high + 1, self.live[1]))
         # Keys up to the first row's own position are visible to every row, as far as causality goes.
@@ -381,6 +392,8 @@ class _GroupRun:
     def _hide(self, scores: Tensor, rows: slice | Tensor, parts: list[_Part]) -> bool:
         """Mask what the model hides, only where it can hide anything; True when a row may have nothing left."""
         g = self.plan.geometry
+        if self.intervals is not None:
+            return self._hide_outside(scores, rows, parts, self.intervals)
         i = (torch.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows)[:, None] + g.q_offset
         place, tested = 0, 0
         for part in parts:
@@ -398,6 +411,25 @@ class _GroupRun:
                 scores.masked_fill_(dead, -torch.inf)
         if g.window:
             scores.masked_fill_(i - j >= g.window, -torch.inf)
+        return True
+
+    def _hide_outside(
+        self, scores: Tensor, rows: slice | Tensor, parts: list[_Part], intervals: tuple[Tensor, Tensor]
+    ) -> bool:
+        """The same where each row has an interval of its own."""
+        start, stop = (edge[rows][:, None] for edge in intervals)
+        place = 0
+        for part in parts:
+            # Runs and columns have no stretches, and any of their pairs may be outside.
+            stretches = part.tested if len(parts) == 1 and part.tested else ((0, part.keys.shape[0]),)
+            for begin, end in stretches:
+                near = part.positions(begin, end)
+                outside = (near < start) | (near >= stop)
+                scores[..., place + begin : place + end].masked_fill_(outside, -torch.inf)
+            place += part.keys.shape[0]
+        if self.alive is not None:
+            keys = torch.cat([part.positions() for part in parts])
+            scores.masked_fill_(~self.alive[keys.clamp(max=self.plan.geometry.kv_len - 1)], -torch.inf)
         return True
 
 

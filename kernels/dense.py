@@ -53,12 +53,13 @@ def dense_attention(
     g = geometry
     if not (g.q_len and g.kv_len):
         return q.new_zeros(q.shape[:-1] + v.shape[-1:])
-    if not g.has_padding and not g.window:
+    if not g.has_padding and not g.window and not g.has_rows:
         if is_plain_causal(g):
             return _fused(q, k, v, scale, causal=True)
         if g.q_offset >= g.kv_len - 1:  # every row sees every key, such as the one row of a decoding step
             return _fused(q, k, v, scale, causal=False)
-    if q.device.type == "cpu" and g.key_padding is None and not g.window and not g.q_offset and g.q_len == g.kv_len:
+    square = not g.window and not g.has_rows and not g.q_offset and g.q_len == g.kv_len
+    if q.device.type == "cpu" and g.key_padding is None and square:
         return _sliced(q, k, v, g, scale)
     if run_plan is None:
         if q.device.type != "cpu":
@@ -70,7 +71,8 @@ def dense_attention(
 def is_plain_causal(geometry: Geometry) -> bool:
     """Whether the mask is the square lower triangle and nothing else: ``is_causal=True`` of fused attention."""
     g = geometry
-    return not g.has_padding and not g.window and not g.q_offset and g.q_len == g.kv_len
+    plain = not g.has_padding and not g.window and not g.has_rows
+    return plain and not g.q_offset and g.q_len == g.kv_len
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool) -> Tensor:

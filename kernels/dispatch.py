@@ -83,15 +83,17 @@ def attention(
     if not q.numel() or not k.numel():
         run.path = "nothing to attend to"
         return new_output().zero_(), run
-    tiles, kernel, name = _kernel_for(q.device, q.dtype, q.shape[3])
+    tiles, kernel, name = _kernel_for(q.device, q.dtype, q.shape[3], portable=geometry.has_rows)
     why_dense = _why_dense(q, geometry, policy, min_tokens)
     if why_dense:
         run.path = f"dense ({why_dense})"
+        if geometry.has_rows and q.device.type == "cuda":
+            run.path = f"dense ({why_dense}; rows with intervals of keys: {name})"
 
         def run_dense(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> Tensor:
             return kernel(q, k, v, plan, scale, new_output())
 
-        if _own_dense(q, geometry):
+        if geometry.has_rows or _own_dense(q, geometry):
             return run_dense(q, k, v, dense_plan(geometry, tiles, q.device), scale), run
         return dense_attention(q, k, v, geometry, scale, tiles, run_plan=run_dense), run
     run.path = name
@@ -185,13 +187,16 @@ def tiles_for(device: torch.device, dtype: torch.dtype, head_dim: int) -> TileSh
     return _kernel_for(device, dtype, head_dim)[0]
 
 
-def _kernel_for(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[TileShape, RunPlan, str]:
+def _kernel_for(
+    device: torch.device, dtype: torch.dtype, head_dim: int, *, portable: bool = False
+) -> tuple[TileShape, RunPlan, str]:
+    """Tiles, kernel and its name; ``portable`` where no other family has a kernel for the geometry."""
     if device.type == "cpu":
         return CPU_TILES, attention_cpu, "tile-sparse PyTorch"
     from mmi_compile.kernels.run import families, family_tiles, run_plan
 
     known = families(device, dtype, head_dim)
-    family = known[0] if known else "portable"
+    family = known[0] if known and not portable else "portable"
     tiles = family_tiles(family, device, dtype, head_dim)
 
     def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, out: Tensor | None) -> Tensor:

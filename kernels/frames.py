@@ -161,8 +161,8 @@ def _seen_until(high: Tensor, geometry: Geometry, block_n: int) -> Tensor:
 def remembered(
     make: Callable[[Geometry, TileShape, torch.device], T], geometry: Geometry, tiles: TileShape, device: torch.device
 ) -> T:
-    """``make(geometry, tiles, device)``, made once for each geometry without padding."""
-    if geometry.has_padding:
+    """``make(geometry, tiles, device)``, made once for each geometry that lengths alone decide."""
+    if geometry.has_padding or geometry.has_rows:
         return make(geometry, tiles, device)
     return cast("T", _kept_large(make, (geometry, tiles), *_place(device)))
 

@@ -16,6 +16,10 @@ class Geometry:
     ``j <= i``, ``kv_start[b] <= j < kv_stop[b]``, ``i - j < window`` (if ``window > 0``) and
     ``key_padding[b, j]`` (if given). A row that may see no key at all is *dead*: its output is zero.
 
+    With ``row_start`` and ``row_stop`` each row has an interval of its own instead: ``row_start[b, r] <= j <
+    row_stop[b, r]`` takes the place of causality and window, and ``kv_len`` may be anything. Packed documents, chunks
+    and blocks that see both ways are such masks (:mod:`mmi_compile.kernels.groups`).
+
     Attributes:
         batch, q_heads, kv_heads: ``B``, ``HQ``, ``HKV``; ``HQ`` is a multiple of ``HKV`` (GQA).
         q_len, kv_len: number of query rows and of keys, in tokens. Keys at or beyond ``q_len + q_offset`` are never
@@ -26,6 +30,7 @@ class Geometry:
             every key of every batch element is live, so that kernels can drop the test.
         key_padding: bool ``[B, kv_len]``, True where the key is live; only given when the live keys of some batch
             element are not one contiguous range.
+        row_start, row_stop: int32 ``[B, q_len]`` on the device, both or neither, in ``0 ... kv_len``.
     """
 
     batch: int
@@ -38,6 +43,19 @@ class Geometry:
     kv_start: Tensor | None = None
     kv_stop: Tensor | None = None
     key_padding: Tensor | None = None
+    row_start: Tensor | None = None
+    row_stop: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if (self.row_start is None) != (self.row_stop is None):
+            raise ValueError("row_start and row_stop go together: give both or neither")
+        if self.row_start is not None and self.window:
+            raise ValueError("a window beside row_start and row_stop: intersect it with them")
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether each row has an interval of its own."""
+        return self.row_start is not None
 
     @property
     def group(self) -> int:
@@ -65,9 +83,13 @@ class Geometry:
         """The model's mask, bool ``[B, q_len, kv_len]``: quadratic, for the reference and for tests."""
         i = torch.arange(self.q_len, device=device)[:, None] + self.q_offset
         j = torch.arange(self.kv_len, device=device)[None, :]
-        allowed = j <= i
-        if self.window:
-            allowed = allowed & (i - j < self.window)
-        mask = allowed.expand(self.batch, -1, -1)
+        if self.row_start is not None and self.row_stop is not None:
+            start, stop = (x.to(device)[:, :, None] for x in (self.row_start, self.row_stop))
+            mask = (j >= start) & (j < stop)
+        else:
+            allowed = j <= i
+            if self.window:
+                allowed = allowed & (i - j < self.window)
+            mask = allowed.expand(self.batch, -1, -1)
         live = self.live_keys(device)
         return mask if live is None else mask & live[:, None, :]

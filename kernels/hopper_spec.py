@@ -83,6 +83,8 @@ def choose_hopper_spec(
     reason = hopper_supported(dtype, head_dim)
     if reason is not None:
         raise ValueError(reason)
+    if features.has_row_bounds:
+        raise ValueError("rows with intervals of keys of their own have no Hopper kernel; use the portable one")
     block_n, stages, q_stages = _TILES[padded_head_dim(head_dim)]
     chosen = asdict(features) | {"use_descriptors": False}
     spec = HopperSpec(

@@ -78,6 +78,7 @@ def plan_features(plan: Plan) -> Features:
         has_bounds=g.kv_start is not None or g.kv_stop is not None or g.kv_len < g.q_len + g.q_offset,
         has_key_padding=g.key_padding is not None,
         has_window=g.window > 0,
+        has_row_bounds=g.has_rows,
         has_regions=plan.regions > 1,
         has_key_order=plan.key_order is not None,
     )
@@ -97,7 +98,7 @@ def check_call(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, out: T
         )
     if g.batch * g.q_heads > 65535:
         raise ValueError(f"{g.batch} x {g.q_heads} batch elements x heads: a launch grid holds at most 65535")
-    if (g.q_heads % g.kv_heads) or g.kv_len > g.q_len + g.q_offset or g.kv_len < 1:
+    if (g.q_heads % g.kv_heads) or (g.kv_len > g.q_len + g.q_offset and not g.has_rows) or g.kv_len < 1:
         raise ValueError(f"not a valid geometry: {g}")
     if not math.isfinite(scale):
         raise ValueError(f"scale must be finite, got {scale}")
@@ -138,7 +139,12 @@ def _check_plan(plan: Plan) -> None:
             raise ValueError(f"plan.{name} must be a contiguous int32 tensor, is {tensor.dtype} {tensor.stride()}")
     if tiles * plan.block_m < g.q_len:
         raise ValueError(f"{tiles} tiles of {plan.block_m} rows do not hold {g.q_len} query rows")
-    sizes = {"kv_start": (g.batch,), "kv_stop": (g.batch,), "key_padding": (g.batch, g.kv_len)}
+    sizes: dict[str, tuple[int, ...]] = {
+        "kv_start": (g.batch,),
+        "kv_stop": (g.batch,),
+        "key_padding": (g.batch, g.kv_len),
+    }
+    sizes |= {"row_start": (g.batch, g.q_len), "row_stop": (g.batch, g.q_len)}
     for name, shape in sizes.items():
         tensor = getattr(g, name)
         if tensor is not None and tuple(tensor.shape) != shape:
@@ -193,6 +199,8 @@ def plan_arguments(plan: Plan, scale: float, features: Features) -> dict[str, An
     }  # fmt: skip
     if features.has_bounds:
         arguments["kv_start"], arguments["kv_stop"] = bounds(g, plan.tiles.device)
+    if g.row_start is not None and g.row_stop is not None:
+        arguments["row_start"], arguments["row_stop"] = int32(g.row_start), int32(g.row_stop)
     if plan.key_order is not None:
         arguments["key_positions"] = torch.where(plan.key_order < 0, HIDDEN, plan.key_order)
         arguments["slots"] = plan.key_order.shape[-1]

@@ -7,6 +7,7 @@
 ``mmi::segments``           once per graph, where some head treats modalities apart: tokens grouped by modality
 ``mmi::tag_modality``       returns a modality mask and records it for the graphs that run later in this forward
 ``mmi::begin_prompt``       returns the prompt's ids and begins a new record
+``mmi::grouped_attention``  attention under a mask that groups tokens (:mod:`mmi_compile.kernels.grouped_ops`)
 ==========================  =======================================================================================
 
 All are opaque to the inner backend, have exact fakes, and carry everything that changes their behaviour as arguments,
@@ -35,11 +36,11 @@ ABI = 2
 never mistaken for one of this."""
 
 
-_HOST_CODE = (torch.Tag.cudagraph_unsafe,)
+HOST_CODE = (torch.Tag.cudagraph_unsafe,)
 """All operators run host code (records, choices by length) that the replay of a CUDA graph would leave out."""
 
 
-@torch.library.custom_op("mmi::attention", mutates_args=(), tags=_HOST_CODE)
+@torch.library.custom_op("mmi::attention", mutates_args=(), tags=HOST_CODE)
 def attention(
     q: Tensor,
     k: Tensor,
@@ -99,8 +100,7 @@ def attention(
         MMIError: the graph was rewritten by an incompatible version, or ``key_padding`` has not one row per batch
             element or too few keys.
     """
-    if abi != ABI:
-        raise MMIError(f"this graph was rewritten for operators of version {abi}, these have {ABI}; compile it again")
+    check_abi(abi)
     geometry = _geometry(q, k, key_padding, key_bounds, q_offset, window)
     kv_len = geometry.kv_len
     k, v = k[:, :, :kv_len], v[:, :, :kv_len]
@@ -112,13 +112,24 @@ def attention(
     if found is None:
         configured = _configured(heads, dense_tail, modality, segments, geometry, prompt) if heads else None
         found = dispatch.attention(
-            q, k, v, geometry, scale, partial(_empty, q, v, layout), policy=policy, recall=recall,
+            q, k, v, geometry, scale, partial(empty_output, q, v, layout), policy=policy, recall=recall,
             max_density=max_density, min_tokens=min_tokens, dense_tail=dense_tail, configured=configured,
             guard=Guard(runtime.is_due(key, verify), min_recall, guard_rows),
         )  # fmt: skip
     out, run = found
     runtime.record_attention(key, run)
-    promised = _empty(q.to("meta"), v.to("meta"), layout)
+    return in_promised_layout(out, q, v, layout)
+
+
+def check_abi(abi: int) -> None:
+    """Refuse a graph that was rewritten for operators of another meaning."""
+    if abi != ABI:
+        raise MMIError(f"this graph was rewritten for operators of version {abi}, these have {ABI}; compile it again")
+
+
+def in_promised_layout(out: Tensor, q: Tensor, v: Tensor, layout: str) -> Tensor:
+    """``out`` with the strides that the fake of an attention promises for ``layout``."""
+    promised = empty_output(q.to("meta"), v.to("meta"), layout)
     return out if out.stride() == promised.stride() else torch.empty_strided(
         out.shape, promised.stride(), dtype=out.dtype, device=out.device
     ).copy_(out)  # fmt: skip
@@ -177,7 +188,8 @@ def _config_ids(ids: Tensor, modalities: tuple[tuple[int, str], ...], prompt: ru
     return constant(table, ids.device)[ids.long()]
 
 
-def _empty(q: Tensor, v: Tensor, layout: str) -> Tensor:
+def empty_output(q: Tensor, v: Tensor, layout: str) -> Tensor:
+    """An attention's output ``[B, HQ, q_len, D]`` in memory order ``layout``, ``"bshd"`` or ``"bhsd"``."""
     batch, heads, tokens, _ = q.shape
     if layout == "bshd":
         return q.new_empty(batch, tokens, heads, v.shape[3]).transpose(1, 2)
@@ -191,21 +203,21 @@ def _(
     min_tokens: int, dense_tail: bool, heads: str, layer: int | None, layout: str, key: str, abi: int,
     verify: float = 0.0, min_recall: float = 0.0, guard_rows: int = 64,
 ) -> Tensor:  # fmt: skip
-    return _empty(q, v, layout)
+    return empty_output(q, v, layout)
 
 
 def _geometry(
     q: Tensor, k: Tensor, key_padding: Tensor | None, key_bounds: Tensor | None, q_offset: int, window: int
 ) -> Geometry:
     kv_len = min(k.shape[2], q.shape[2] + q_offset)
-    start, stop, holes = _live(q, kv_len, key_padding, key_bounds)
+    start, stop, holes = live_keys(q, kv_len, key_padding, key_bounds)
     return Geometry(
         batch=q.shape[0], q_heads=q.shape[1], kv_heads=k.shape[1], q_len=q.shape[2], kv_len=kv_len,
         q_offset=q_offset, window=window, kv_start=start, kv_stop=stop, key_padding=holes,
     )  # fmt: skip
 
 
-def _live(
+def live_keys(
     q: Tensor, kv_len: int, key_padding: Tensor | None, key_bounds: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """``kv_start``, ``kv_stop`` and ``key_padding`` of a geometry.
@@ -236,7 +248,7 @@ def _check_padding(key_padding: Tensor, batch: int, kv_len: int) -> None:
         )
 
 
-@torch.library.custom_op("mmi::key_bounds", mutates_args=(), tags=_HOST_CODE)
+@torch.library.custom_op("mmi::key_bounds", mutates_args=(), tags=HOST_CODE)
 def key_bounds_of(key_padding: Tensor) -> Tensor:
     """First live key, one past the last, and whether dead keys lie between: int32 ``[B, 3]`` on the host.
 
@@ -260,7 +272,7 @@ def _(key_padding: Tensor) -> Tensor:
     return torch.empty(key_padding.shape[0], 3, dtype=torch.int32, device="cpu")
 
 
-@torch.library.custom_op("mmi::modality", mutates_args=(), tags=_HOST_CODE)
+@torch.library.custom_op("mmi::modality", mutates_args=(), tags=HOST_CODE)
 def modality_of(
     like: Tensor, masks: list[Tensor], labels: str, after: Tensor | None, batch: int, tokens: int, graph_key: str
 ) -> Tensor:
@@ -302,7 +314,7 @@ def _(
     return torch.empty(batch, tokens, dtype=torch.int8, device=like.device)
 
 
-@torch.library.custom_op("mmi::segments", mutates_args=(), tags=_HOST_CODE)
+@torch.library.custom_op("mmi::segments", mutates_args=(), tags=HOST_CODE)
 def segments_of(
     q: Tensor,
     modality: Tensor,
@@ -324,10 +336,9 @@ def segments_of(
             :func:`mmi_compile.kernels.layer_heads.names_to_text` writes them.
         graph_key: the reading graph, whose prompt says what its ids are called.
     """
-    if abi != ABI:
-        raise MMIError(f"this graph was rewritten for operators of version {abi}, these have {ABI}; compile it again")
+    check_abi(abi)
     kv_len = min(modality.shape[1], q.shape[2] + q_offset)
-    start, stop, holes = _live(q, kv_len, key_padding, key_bounds)
+    start, stop, holes = live_keys(q, kv_len, key_padding, key_bounds)
     geometry = Geometry(
         batch=q.shape[0], q_heads=1, kv_heads=1, q_len=q.shape[2], kv_len=kv_len, q_offset=q_offset,
         kv_start=start, kv_stop=stop, key_padding=holes,
@@ -352,7 +363,7 @@ def _(
     ]
 
 
-@torch.library.custom_op("mmi::tag_modality", mutates_args=(), tags=_HOST_CODE)
+@torch.library.custom_op("mmi::tag_modality", mutates_args=(), tags=HOST_CODE)
 def tag_modality(mask: Tensor, label: str) -> Tensor:
     """Return ``mask`` (bool ``[B, S]``) unchanged and record it under ``label``, which is ``kind`` or ``kind@token id``
     (see :func:`mmi_compile.record.told_apart`). It is an operator with a result, since one without would be removed as
@@ -366,7 +377,7 @@ def _(mask: Tensor, label: str) -> Tensor:
     return torch.empty_like(mask)
 
 
-@torch.library.custom_op("mmi::begin_prompt", mutates_args=(), tags=_HOST_CODE)
+@torch.library.custom_op("mmi::begin_prompt", mutates_args=(), tags=HOST_CODE)
 def begin_prompt(ids: Tensor) -> Tensor:
     """Return the prompt's token ids ``[B, S]`` unchanged and begin a new modality record."""
     record.begin_prompt()

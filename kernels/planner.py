@@ -22,6 +22,7 @@ from torch import Tensor
 from mmi_compile.kernels.block_topk import BlockRules
 from mmi_compile.kernels.frames import TileFrame, TileShape, constant, ramp, remembered, tile_frame
 from mmi_compile.kernels.geometry import Geometry
+from mmi_compile.kernels.intervals import interval_records
 from mmi_compile.kernels.patterns import Pattern
 from mmi_compile.kernels.plan import RECORD, Plan, TileRecord
 from mmi_compile.kernels.probe import probe_rows
@@ -60,13 +61,13 @@ def dense_plan(geometry: Geometry, tiles: TileShape, device: torch.device | str)
 
 
 def _dense_plan(geometry: Geometry, tiles: TileShape, device: torch.device) -> Plan:
-    g, frame = geometry, tile_frame(geometry, tiles, device)
-    head = (g.batch, g.q_heads)
+    g, head = geometry, (geometry.batch, geometry.q_heads)
+    records = interval_records(g, tiles) if g.has_rows else _dense_records(tile_frame(g, tiles, device))
     return Plan(
         geometry=g,
         block_m=tiles.block_m,
         block_n=tiles.block_n,
-        tiles=_dense_records(frame).expand(*head, -1, -1, -1).contiguous(),
+        tiles=records.expand(*head, -1, -1, -1).contiguous(),
         lists=torch.empty(0, dtype=torch.int32, device=device),
         columns=torch.empty(*head, 0, dtype=torch.int32, device=device),
         has_sinks=False,

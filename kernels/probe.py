@@ -266,10 +266,14 @@ def visible_scores(
 def visible_keys(geometry: Geometry, rows: Tensor) -> Tensor:
     """What the model's own mask lets these rows see, bool ``[B, R, kv_len]``; rows int64 ``[B, R]``."""
     g, j = geometry, torch.arange(geometry.kv_len, device=rows.device)
-    i = (rows + g.q_offset)[..., None]
-    visible = j <= i
-    if g.window:
-        visible &= i - j < g.window
+    if g.row_start is not None and g.row_stop is not None:
+        start, stop = (edge.gather(1, rows)[..., None] for edge in (g.row_start, g.row_stop))
+        visible = (j >= start) & (j < stop)
+    else:
+        i = (rows + g.q_offset)[..., None]
+        visible = j <= i
+        if g.window:
+            visible &= i - j < g.window
     live = g.live_keys(rows.device)
     return visible if live is None else visible & live[:, None]
 

@@ -57,6 +57,6 @@ def run_plan(
         tiles = TileShape(plan.block_m, plan.block_n)
         known = families(q.device, q.dtype, q.shape[-1])
         fitting = [f for f in known if family_tiles(f, q.device, q.dtype, q.shape[-1]) == tiles]
-        family = fitting[0] if fitting else "portable"
+        family = fitting[0] if fitting and not plan.geometry.has_rows else "portable"
     run = attention_hopper if family == "hopper" else attention_triton
     return run(q, k, v, plan, scale, out=out)

@@ -78,6 +78,7 @@ class Features:
             than positions.
         has_key_padding: single keys may be dead.
         has_window: the model has a sliding window of its own.
+        has_row_bounds: each row has an interval of keys of its own, in place of causality and a window.
         has_regions: tiles visit more than one region.
         has_key_order: some regions have keys that are grouped by modality.
         use_descriptors: K and V tiles are read through tensor descriptors (TMA) instead of pointers.
@@ -91,6 +92,7 @@ class Features:
     has_bounds: bool = False
     has_key_padding: bool = False
     has_window: bool = False
+    has_row_bounds: bool = False
     has_regions: bool = False
     has_key_order: bool = False
     use_descriptors: bool = False
@@ -98,6 +100,8 @@ class Features:
     def __post_init__(self) -> None:
         if self.has_block_bits and not (self.has_blocks and self.has_columns):
             raise ValueError("has_block_bits needs both has_blocks and has_columns: it tells which of them owns a pair")
+        if self.has_row_bounds and self.has_window:
+            raise ValueError("has_window beside has_row_bounds: the intervals of rows take its place")
         if self.use_descriptors and (self.has_bounds or self.has_key_padding):
             # A descriptor loads dead keys too, and a NaN in a dead value row would reach every output through 0 * NaN.
             raise ValueError("use_descriptors cannot skip dead keys: leave it off with has_bounds or has_key_padding")

@@ -123,7 +123,7 @@ def compile_ahead(spec: KernelSpec, arch: str) -> dict[str, Any]:
 
 _INT32_POINTERS = frozenset(
     {"tiles", "lists", "columns", "column_slots", "list_bits", "key_positions", "row_order"}
-    | {"kv_start", "kv_stop", "key_padding"}
+    | {"kv_start", "kv_stop", "key_padding", "row_start", "row_stop"}
 )
 _ELEMENT_POINTERS = frozenset({"q", "k", "v", "out", "k_columns", "v_columns", "k_groups", "v_groups"})
 

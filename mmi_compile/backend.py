@@ -92,6 +92,7 @@ def rewrite_graph(
         OptionError: ``skip_passes`` or ``passes_until`` names a pass that does not exist.
         MMIError: a pass failed under ``strict``.
     """
+    import mmi_compile.kernels.grouped_ops
     import mmi_compile.kernels.ops  # noqa: F401  registers mmi::…
     from mmi_compile.passes import PIPELINE, PassContext, run_pipeline
 

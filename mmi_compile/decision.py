@@ -51,6 +51,10 @@ class Reason(Enum):
         "which layer of the head config it is could not be told, so all heads run dense",
         "compile all decoder layers in one graph (mmi_compile.compile does), with a config that has as many",
     )
+    GROUPED_MASK = (
+        "its mask groups tokens (documents, chunks or blocks), so all heads run dense, with no pair beyond the mask",
+        "nothing to do: patterns are for causal masks, with a window or padding",
+    )
     SKIPPED = (
         "a pass that it needs was left out by the option skip_passes or passes_until",
         "remove the pass from skip_passes, or name it or a later one in passes_until",
@@ -71,12 +75,16 @@ class Reason(Enum):
         return f"docs/reasons.md#{self.name.lower()}"
 
 
+GROUPED_ATTENTION = "mmi::grouped_attention"
+"""The operator that exact attention under such a mask runs as."""
+
+
 @dataclass(frozen=True)
 class Decision:
     """What became of one attention.
 
     Attributes:
-        rewritten: the attention now runs as ``mmi::attention``.
+        rewritten: the attention now runs as one of our operators.
         what: for a rewritten one, what it runs as, in words.
         reason: for one left alone, why; for a rewritten one that runs dense although the policy asks for more, why;
             else None.
@@ -92,6 +100,11 @@ class Decision:
     def fell_back(self) -> bool:
         """It does not get what the options ask for."""
         return self.reason is not None
+
+    @property
+    def is_grouped(self) -> bool:
+        """It runs exactly under a mask that groups tokens, for which there are no patterns."""
+        return self.rewritten and self.what.startswith(GROUPED_ATTENTION)
 
     @classmethod
     def left(cls, reason: Reason, detail: str = "") -> Decision:

@@ -14,7 +14,7 @@ from torch import nn
 
 from mmi_compile import record
 from mmi_compile.backend import compile_graph, mminference
-from mmi_compile.language_model import find_language_model, takes_feature_mask
+from mmi_compile.language_model import find_language_model, takes_feature_mask, with_masks
 from mmi_compile.options import Options
 from mmi_compile.prompt_hook import PromptHook
 from mmi_compile.report import GraphReport, Report
@@ -30,7 +30,8 @@ def compile(
     ``model.generate(**inputs)`` use it.
 
     ``torch.compile(model).generate()`` would compile nothing: the attribute is the original's bound method. Vision
-    towers stay as they are. A pre-hook on ``model`` reads from each prompt which tokens are text, image or video.
+    towers stay as they are. Where the model around the language model makes its masks, that is compiled with it. A
+    pre-hook on ``model`` reads from each prompt which tokens are text, image or video.
 
     Args:
         model: a Hugging Face vision-language or text model, or any module with attention.
@@ -46,7 +47,7 @@ def compile(
     Under ``strict=True`` the model's forward raises MMIError where grids or modality ids do not fit their prompt.
     """
     backend = functools.partial(mminference, options=Options.from_mapping(options), mode=mode)
-    language_model = find_language_model(model)
+    language_model = with_masks(model, find_language_model(model))
     language_model.compile(backend=backend, dynamic=dynamic, fullgraph=fullgraph)
     if takes_feature_mask(language_model):
         language_model._compiled_call_impl = _capturing_selection(language_model._compiled_call_impl)

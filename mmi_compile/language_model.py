@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import re
+import types
 
+import torch
 from torch import nn
 
 
@@ -21,6 +24,36 @@ def find_language_model(model: nn.Module) -> nn.Module:
     found = [m for m in model.modules() if m is not model and _reads_embeddings(m) and _has_layers(m)]
     innermost = [m for m in found if not any(n is not m and n in set(m.modules()) for n in found)]
     return innermost[0] if len(innermost) == 1 else model
+
+
+def with_masks(model: nn.Module, language_model: nn.Module) -> nn.Module:
+    """The part of ``model`` to compile so that the masks of ``language_model`` are made in the same graph.
+
+    That is the innermost module around it whose forward makes masks, as Gemma 3's and PaliGemma's do for their image
+    blocks; else the language model itself.
+
+    What computes image features in such a module stays as it is.
+    """
+    inside = set(language_model.modules())
+    around = [m for m in model.modules() if m not in inside and language_model in set(m.modules()) and _makes_masks(m)]
+    if not around:
+        return language_model
+    for name in _FEATURES:
+        function = getattr(type(around[-1]), name, None)
+        if callable(function) and name not in vars(around[-1]):
+            # A bound method, so that a copy of the model gets one of its own.
+            kept = types.MethodType(torch.compiler.disable(function), around[-1])
+            object.__setattr__(around[-1], name, kept)
+    return around[-1]
+
+
+_FEATURES = ("get_image_features", "get_video_features")
+_MASK_MAKERS = re.compile(r"create_\w*masks?_?\w*")
+
+
+def _makes_masks(module: nn.Module) -> bool:
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return code is not None and any(_MASK_MAKERS.fullmatch(name) for name in code.co_names)
 
 
 def takes_feature_mask(module: nn.Module) -> bool:

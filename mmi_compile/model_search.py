@@ -367,16 +367,18 @@ def _why(graphs: Sequence[GraphReport]) -> str:
     """The first reason for which an attention was left alone, as the end of a sentence."""
     for site in (site for graph in graphs for site in graph.sites):
         decision = site.decision
+        if decision is not None and decision.is_grouped:
+            return f": {Reason.GROUPED_MASK.message}; {Reason.GROUPED_MASK.mend}"
         if decision is not None and not decision.rewritten and decision.reason is not None:
             return f": {decision.reason.message}; {decision.reason.mend}"
     return "; mmi_compile.explain(model, **inputs) shows what was captured"
 
 
 def left_alone(graphs: Sequence[GraphReport]) -> bool:
-    """Whether some prefill attention was not rewritten."""
+    """Whether some prefill attention was not rewritten, or has a mask for which there are no patterns."""
     harmless = {Reason.BIDIRECTIONAL, Reason.DECODE}
-    decisions = [site.decision for graph in graphs for site in graph.sites]
-    return any(d is not None and not d.rewritten and d.reason not in harmless for d in decisions)
+    decisions = [site.decision for graph in graphs for site in graph.sites if site.decision is not None]
+    return any(d.is_grouped or (not d.rewritten and d.reason not in harmless) for d in decisions)
 
 
 def _segments(model: nn.Module, prompt: Mapping[str, Any]) -> tuple[VisualSegment, ...]:

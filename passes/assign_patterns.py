@@ -26,7 +26,7 @@ class AssignPatterns:
 
     A head config fits a graph when the shapes of its attentions are those of the config's model, each attention is
     known to be a certain one of its layers, and the last one is among them. What does not fit keeps its mask and runs
-    dense, with a reason.
+    dense, with a reason. So does attention whose mask groups tokens: patterns know causality, windows and padding.
     """
 
     name: str = "assign_patterns"
@@ -35,12 +35,16 @@ class AssignPatterns:
         options = context.options
         if options.policy == "config":
             assert options.head_config is not None, "checked by the options"
-            return _assign_config(gm, options.head_config, context)
-        sites = context.open_sites()
-        for site, index in zip(sites, layer_indices(sites), strict=True):
-            site.policy, site.index = options.policy, index
-            site.pattern = "dense" if options.policy == "exact" else f"adaptive(recall {options.recall:g})"
-        return None
+            _assign_config(gm, options.head_config, context)
+        else:
+            sites = context.open_sites()
+            for site, index in zip(sites, layer_indices(sites), strict=True):
+                site.policy, site.index = options.policy, index
+                site.pattern = "dense" if options.policy == "exact" else f"adaptive(recall {options.recall:g})"
+        for site in context.open_sites():
+            if site.mask_fact is not None and site.mask_fact.clauses and site.policy != "exact":
+                site.heads = None
+                _fall_back(site, Reason.GROUPED_MASK, "")
 
 
 def _assign_config(gm: fx.GraphModule, config: HeadConfig, context: PassContext) -> None:

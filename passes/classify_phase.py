@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import sympy
@@ -44,12 +44,13 @@ def _classify(site: AttentionSite, context: PassContext) -> None:
         return site.leave(Reason.DECODE)
     if not fact.known:
         return site.leave(Reason.UNKNOWN_MASK, fact.detail)
-    if not fact.causal:
+    if not fact.prefill:
         return site.leave(Reason.BIDIRECTIONAL, fact.expression)
     if not _offset_is_usable(fact.offset, q.shape[2], k.shape[2]):
         return site.leave(Reason.UNKNOWN_OFFSET, f"offset {fact.offset}, q_len {q.shape[2]}, kv_len {k.shape[2]}")
-    if fact.window is not None and not _fix_window(site, fact.window):
-        return site.leave(Reason.UNKNOWN_MASK, f"window {fact.window} is not a constant")
+    for window in fact.windows:
+        if not _fix_window(site, window):
+            return site.leave(Reason.UNKNOWN_MASK, f"window {window} is not a constant")
     dropout = value_of(site.dropout_p)
     if dropout != 0.0:
         return site.leave(Reason.DROPOUT, f"dropout_p={dropout}")
@@ -69,8 +70,7 @@ def _fix_window(site: AttentionSite, window: sympy.Expr) -> bool:
             changes = {value.node.expr: sympy.Integer(int(value))}
             window = sympy.expand(window.xreplace(changes))
             assert site.mask_fact is not None
-            offset = sympy.expand(site.mask_fact.offset.xreplace(changes))
-            site.mask_fact = replace(site.mask_fact, window=window, offset=offset)
+            site.mask_fact = site.mask_fact.with_sizes(changes)
     return bool(window.is_Integer)
 
 
@@ -124,4 +124,4 @@ def _phase(site: AttentionSite) -> str:
         return "decode"
     if site.decision.reason is Reason.BIDIRECTIONAL:
         return "encoder"
-    return "unclassified" if site.mask_fact is None or not site.mask_fact.causal else "prefill"
+    return "unclassified" if site.mask_fact is None or not site.mask_fact.prefill else "prefill"

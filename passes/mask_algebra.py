@@ -11,6 +11,7 @@ recognised makes the fact unknown and names the term: a mask is never guessed.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -20,7 +21,18 @@ from sympy.logic.boolalg import Boolean
 from torch import fx
 
 from mmi_compile.passes.mask_clauses import Clause, TooComplex, conjunctive, simplify
-from mmi_compile.passes.mask_fact import MaskFact
+from mmi_compile.passes.mask_fact import CAUSAL, MaskFact, MaskGroup, Term
+from mmi_compile.passes.mask_groups import (
+    Literal,
+    Same,
+    group_of,
+    is_of_rows,
+    is_pair,
+    join_guards,
+    names_of,
+    places,
+    straighten,
+)
 from mmi_compile.passes.mask_reader import Reader, Unsound
 from mmi_compile.passes.mask_symbols import (
     BATCH,
@@ -35,11 +47,14 @@ from mmi_compile.passes.mask_symbols import (
     SymbolicTensor,
     Truth,
     axis,
+    example,
+    has_data,
     provably_nonnegative,
     reindex,
     same,
     symbolic,
 )
+from mmi_compile.passes.nodes import hidden_levels
 
 __all__ = ["Prover", "prove", "symbolic"]
 
@@ -125,11 +140,67 @@ class _Reading:
 
     def fact(self) -> MaskFact:
         clauses = simplify(conjunctive(self.condition), self.sizes)
-        for clause in sorted(clauses, key=_text):
-            self._recognise(clause)
-        causal, offset, window = self._band()
         expression = " & ".join(sorted(_text(c) for c in clauses)) or "True"
-        return MaskFact(True, causal, offset, window, self._padding_node(), expression)
+        straight = straighten(clauses, self.reader)
+        if straight != clauses:
+            clauses = simplify(straight, self.sizes)
+        groups = self._grouping(clauses)
+        for clause in sorted((c for c in clauses if c not in groups), key=_text):
+            self._recognise(clause)
+        offset = self._offset(groups) if groups else None
+        causal, offset, window = self._band(offset)
+        terms = self._terms(groups, offset) if groups else ()
+        return MaskFact(True, causal, offset, window, self._padding_node(), expression, clauses=terms)
+
+    def _grouping(self, clauses: list[Clause]) -> list[Clause]:
+        """The clauses that have to do with groups of tokens, if there may be any."""
+        choices = [c for c in clauses if len(c) > 1 or any(map(is_pair, c))]
+        if not any(_may_group(x) for c in choices for x in c):
+            return []
+        return choices + [c for c in clauses if len(c) == 1 and any(map(is_of_rows, c))]
+
+    def _offset(self, groups: list[Clause]) -> sympy.Expr:
+        """The position of row 0, which the causal terms tell: groups compare keys with the row's own position."""
+        bounds = list(self.causal)
+        for clause in groups:
+            for literal in clause:
+                band = self._bound(literal)
+                if band is not None and band[0]:
+                    bounds.append(band[1])
+        if not bounds:
+            raise _Refusal(f"the term {_text(groups[0])} is not a plain condition{self._reason(groups[0])}")
+        return _least(bounds, "causal")
+
+    def _terms(self, groups: list[Clause], offset: sympy.Expr) -> tuple[tuple[Term, ...], ...]:
+        joined = sorted(join_guards(groups, offset), key=_text)
+        clauses = [[self._term(literal, clause, offset) for literal in sorted(clause, key=str)] for clause in joined]
+        return tuple(sorted((tuple(sorted(clause, key=_order)) for clause in clauses), key=str))
+
+    def _term(self, literal: Literal, clause: Collection[Literal], offset: sympy.Expr) -> Term:
+        if isinstance(literal, Same):
+            group = group_of(literal, self.reader, self.batch, self.kv_len)
+            if group is None:
+                raise _Refusal(f"the groups of {literal} are not a tensor of the graph{self._reason(clause)}")
+            return group
+        band = self._bound(literal)
+        if band is not None and band[0] and same(band[1], offset):
+            return CAUSAL
+        if band is not None and not band[0]:
+            return self._window(band[1], offset)
+        raise _Refusal(f"the term {_text(clause)} is not a plain condition{self._reason(clause)}")
+
+    def _bound(self, literal: Boolean) -> tuple[bool, sympy.Expr] | None:
+        """``(True, c)`` for ``j <= i + c``, ``(False, c)`` for ``i - j + c >= 0`` read the other way round."""
+        if not isinstance(literal, AtLeastZero) or has_data(literal):
+            return None
+        free = sympy.expand(literal.expr)
+        row, key = free.coeff(QUERY, 1), free.coeff(KEY, 1)
+        rest = sympy.expand(free - row * QUERY - key * KEY)
+        if self.q_len == 1 and row == 0:
+            row = -key  # row 0 is the only one, so a bound on keys alone is a bound relative to it
+        if {QUERY, KEY, HEAD, BATCH} & rest.free_symbols or (row, key) not in ((1, -1), (-1, 1)):
+            return None
+        return bool(key == -1), rest
 
     def _recognise(self, clause: Clause) -> None:
         if not clause:
@@ -137,28 +208,32 @@ class _Reading:
         if len(clause) > 1:
             raise _Refusal(f"the term {_text(clause)} is not a plain condition{self._reason(clause)}")
         (literal,) = clause
-        if not isinstance(literal, AtLeastZero):
+        if has_data(literal):
             self.padding.append(literal)
             return
-        free = sympy.expand(literal.expr)
-        row, key = free.coeff(QUERY, 1), free.coeff(KEY, 1)
-        rest = sympy.expand(free - row * QUERY - key * KEY)
-        if self.q_len == 1 and row == 0:
-            row = -key  # row 0 is the only one, so a bound on keys alone is a bound relative to it
-        if {QUERY, KEY, HEAD, BATCH} & rest.free_symbols or (row, key) not in ((1, -1), (-1, 1)):
+        band = self._bound(literal)
+        if band is None:
             raise _Refusal(f"the term {_text(clause)} is neither causal nor a window")
-        (self.causal if key == -1 else self.behind).append(rest)
+        (self.causal if band[0] else self.behind).append(band[1])
 
-    def _band(self) -> tuple[bool, sympy.Expr, sympy.Expr | None]:
-        """Causal, offset and window from ``j <= i + c`` and ``i - j <= w`` terms."""
-        aligned = sympy.expand(self.kv_len - self.q_len)
-        offset = _least(self.causal, "causal") if self.causal else aligned
+    def _band(self, offset: sympy.Expr | None) -> tuple[bool, sympy.Expr, sympy.Expr | None]:
+        """Causal, offset and window from ``j <= i + c`` and ``i - j <= w`` terms; ``offset`` where it is known."""
+        causal = bool(self.causal)
+        if offset is None:
+            aligned = sympy.expand(self.kv_len - self.q_len) if self.behind else sympy.Integer(0)
+            offset = _least(self.causal, "causal") if causal else aligned
+        elif causal and not same(_least(self.causal, "causal"), offset):
+            raise _Refusal(f"several causal terms: {', '.join(map(str, [*self.causal, offset]))}")
         if not self.behind:
-            return bool(self.causal), offset if self.causal else sympy.Integer(0), None
-        window = sympy.expand(_least(self.behind, "window") + offset + 1)
+            return causal, offset, None
+        return causal, offset, self._window(_least(self.behind, "window"), offset)
+
+    @staticmethod
+    def _window(bound: sympy.Expr, offset: sympy.Expr) -> sympy.Expr:
+        window = sympy.expand(bound + offset + 1)
         if not provably_nonnegative(window - 1):
             raise _Refusal(f"the sliding window {window} is not provably positive")
-        return bool(self.causal), offset, window
+        return window
 
     def _padding_node(self) -> fx.Node | None:
         if not self.padding:
@@ -168,11 +243,11 @@ class _Reading:
                 f"several data-dependent terms: {', '.join(map(str, self.padding))}{self._reason(self.padding)}"
             )
         (wanted,) = self.padding
-        symbols = set().union(*(e.free_symbols for e in _live(wanted).index))
+        symbols = places(wanted)
         for symbol, name in ((HEAD, "heads"), (QUERY, "query rows")):
             if symbol in symbols:
                 raise _Refusal(f"the term {wanted} differs between {name}{self._reason([wanted])}")
-        candidates = [(node, t) for node, t in self.reader.known.items() if self._is_padding(t, wanted)]
+        candidates = [(node, t) for node, t in self.reader.known.items() if self._is_padding(node, t, wanted)]
         for node, tensor in candidates:
             if same(tensor.shape[1], self.kv_len):
                 return node
@@ -181,19 +256,21 @@ class _Reading:
                 return node
         raise _Refusal(f"the term {wanted} is not a [batch, kv_len] tensor of the graph{self._reason([wanted])}")
 
-    def _is_padding(self, tensor: SymbolicTensor, wanted: Boolean) -> bool:
+    def _is_padding(self, node: fx.Node, tensor: SymbolicTensor, wanted: Boolean) -> bool:
         """Whether element ``[b, j]`` of ``tensor``, by itself, is non-zero exactly where ``wanted`` holds.
 
         Whether it has an element for every key is another question.
         """
         if len(tensor.shape) != 2 or not same(tensor.shape[0], self.batch):
             return False
+        if hidden_levels(example(node)):
+            return False
         found = _liveness(reindex(tensor.element, {QUERY: BATCH}))
         if found is None or tensor.dtype.is_floating_point:
             return False
         # An expanded row has the right values too, but only a tensor of its own is worth handing on.
         own = all(
-            size == 1 or symbol in _symbols(found) for symbol, size in zip((BATCH, KEY), tensor.shape, strict=False)
+            size == 1 or symbol in places(found) for symbol, size in zip((BATCH, KEY), tensor.shape, strict=False)
         )
         return bool(own and found == wanted)
 
@@ -203,13 +280,13 @@ class _Reading:
         Only views, slices and indexing give such a tensor, and they stay in bounds: the data has that many keys. That
         says nothing where one key is read for all.
         """
-        return KEY in _symbols(wanted) and any(
+        return KEY in places(wanted) and any(
             _liveness(tensor.element) == wanted and tensor.shape != () and same(tensor.shape[-1], self.kv_len)
             for tensor in self.reader.known.values()
         )
 
-    def _reason(self, literals: Clause | list[Boolean]) -> str:
-        names = sorted({atom.name for literal in literals for atom in literal.atoms(Live)})
+    def _reason(self, literals: Iterable[Literal]) -> str:
+        names = sorted(set(names_of(literals)))
         known = [f"`{name}` is {why}" for name in names if (why := self.reader.reasons.get(name))]
         return f" ({'; '.join(known)})" if known else ""
 
@@ -247,15 +324,14 @@ def _liveness(element: Element) -> Boolean | None:
     return Live(element.name, *element.index) if isinstance(element, Datum) and element.integral else None
 
 
-def _live(literal: Boolean) -> Live:
-    atom: Live
-    (atom,) = literal.atoms(Live)
-    return atom
+def _order(term: Term) -> tuple[int, str]:
+    """Causality, then windows, then groups."""
+    return 2 if isinstance(term, MaskGroup) else 0 if term == CAUSAL else 1, str(term)
 
 
-def _symbols(condition: Boolean) -> set[sympy.Symbol]:
-    return set().union(*(e.free_symbols for atom in condition.atoms(Live) for e in atom.index))
+def _may_group(literal: Boolean) -> bool:
+    return is_pair(literal) or is_of_rows(literal)
 
 
-def _text(clause: Clause) -> str:
+def _text(clause: Iterable[Literal]) -> str:
     return " | ".join(sorted(map(str, clause))) or "False"

@@ -65,10 +65,16 @@ def _changed_by_function(node: fx.Node) -> Iterator[fx.Node]:
         if target._schema.is_mutable:
             yield from node.all_input_nodes
     elif isinstance(target, torch._ops.OpOverloadPacket):
-        if any(getattr(target, name)._schema.is_mutable for name in target.overloads()):
+        if any(_may_change(getattr(target, name)._schema) for name in target.overloads()):
             yield from node.all_input_nodes
     elif target is operator.setitem or _asks_in_place(node):
         yield from (a for a in node.args[:1] if isinstance(a, fx.Node))
+
+
+def _may_change(schema: torch._C.FunctionSchema) -> bool:
+    """Whether an overload writes to an argument other than ``out=``, which ``changed`` looks at for every call."""
+    written = [a for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    return schema.is_mutable and not (written and all(a.kwarg_only and a.name == "out" for a in written))
 
 
 def _asks_in_place(node: fx.Node) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import sympy
 from sympy.logic.boolalg import Boolean
 
-from mmi_compile.passes.mask_symbols import AtLeastZero, Live, always_nonnegative
+from mmi_compile.passes.mask_symbols import AtLeastZero, Equal, Live, always_nonnegative
 
 Clause = frozenset[Boolean]
 Sizes = Mapping[sympy.Symbol, sympy.Expr]
@@ -44,7 +44,7 @@ def _clauses(condition: Boolean, positive: bool) -> list[Clause]:
         parts = [_clauses(part, positive) for part in condition.args]
         joined = isinstance(condition, sympy.And) == positive
         return _limit([c for part in parts for c in part]) if joined else _distribute(parts)
-    if not isinstance(condition, (AtLeastZero, Live)):
+    if not isinstance(condition, (AtLeastZero, Equal, Live)):
         raise TypeError(f"not a mask condition: {condition!r}")
     literal = condition if positive else negate(condition)
     if literal in (sympy.true, sympy.false):
@@ -70,7 +70,7 @@ def simplify(clauses: list[Clause], sizes: Sizes) -> list[Clause]:
     """Equivalent clauses for all indices below ``sizes``, with everything implied by the rest dropped."""
     while True:
         reduced = _unit_propagation([c for c in (_reduce(c, sizes) for c in clauses) if c is not None], sizes)
-        reduced = _absorb(reduced, sizes)
+        reduced = _absorb(_resolve(reduced), sizes)
         if reduced == clauses:
             return clauses
         clauses = reduced
@@ -113,6 +113,21 @@ def _unit_propagation(clauses: list[Clause], sizes: Sizes) -> list[Clause]:
         c if len(c) == 1 else frozenset(x for x in c if not any(implies(u, negate(x), sizes) for u in units))
         for c in clauses
     ]
+
+
+def _resolve(clauses: list[Clause]) -> list[Clause]:
+    """Drop a literal ``x`` where another clause has ``not x`` and, beside it, only what stands beside ``x``.
+
+    ``(a | not x) & (a | x | y)`` is ``(a | not x) & (a | y)``.
+    """
+    resolved = list(clauses)
+    for n in range(len(resolved)):
+        for literal in sorted(resolved[n], key=str):
+            beside, opposite = resolved[n] - {literal}, negate(literal)
+            others = resolved[:n] + resolved[n + 1 :]
+            if any(opposite in other and other - {opposite} <= beside for other in others):
+                resolved[n] = beside
+    return resolved
 
 
 def _absorb(clauses: list[Clause], sizes: Sizes) -> list[Clause]:

@@ -15,12 +15,15 @@ from mmi_compile.passes.mask_symbols import (
     Cases,
     Datum,
     Element,
+    Equal,
     Live,
     Position,
     Scalar,
     SymbolicTensor,
     Truth,
+    Value,
     axis,
+    has_data,
     same,
 )
 
@@ -99,11 +102,24 @@ def position_of(operand: Operand) -> sympy.Expr | None:
     return None
 
 
+def value_of(operand: Operand) -> sympy.Expr | None:
+    """The operand as an exact integer expression in which data may stand, or None."""
+    expr = position_of(operand)
+    if expr is None and isinstance(operand, SymbolicTensor) and operand.dtype in EXACT_INTEGERS:
+        element = operand.element
+        if isinstance(element, Datum) and element.integral:
+            return Value(element.name, *element.index)
+    return expr
+
+
 def exact(expr: sympy.Expr, dtype: torch.dtype) -> Position:
-    """``expr`` as a position, if its constants are so small that token counts cannot make it overflow."""
+    """``expr`` as a position, if its constants are so small that token counts and ids cannot make it overflow."""
     expr = sympy.expand(expr)
     constant, terms = expr.as_coeff_Add()
-    slopes = [term.as_coeff_Mul()[0] for term in sympy.Add.make_args(terms)]
+    factors = [term.as_coeff_Mul() for term in sympy.Add.make_args(terms)]
+    if any(has_data(term) and abs(slope) != 1 for slope, term in factors):
+        raise Unread(f"{expr} scales data")
+    slopes = [slope for slope, _ in factors]
     largest, steepest = (2**40, 2**20) if dtype is torch.int64 else (2**30, 1)
     if abs(constant) > largest or any(abs(slope) > steepest for slope in slopes):
         raise Unread(f"{expr} may overflow {dtype}")
@@ -113,7 +129,7 @@ def exact(expr: sympy.Expr, dtype: torch.dtype) -> Position:
 def compare(name: str, left: sympy.Expr, right: sympy.Expr) -> Boolean:
     """``left name right`` (``"lt"``, ``"le"``, …) of integers as atoms."""
     if name in ("eq", "ne"):
-        equal = sympy.And(AtLeastZero(left - right), AtLeastZero(right - left))
+        equal = Equal(left - right)
         return equal if name == "eq" else sympy.Not(equal)
     if name in ("gt", "ge"):
         left, right = right, left
@@ -134,6 +150,8 @@ def cast(tensor: SymbolicTensor, dtype: torch.dtype) -> Element:
         return element
     if isinstance(element, Position) and source in EXACT_INTEGERS:
         if dtype in EXACT_INTEGERS:
+            if has_data(element.expr) and torch.iinfo(dtype).bits < torch.iinfo(source).bits:
+                raise Unread(f"a cast from {source} to {dtype} may cut bits of data")
             return element
         if dtype is torch.bool:
             return Truth(compare("ne", element.expr, sympy.Integer(0)))

@@ -16,6 +16,7 @@ from mmi_compile.passes.mask_symbols import (
     SymbolicTensor,
     axis,
     example,
+    hidden_axis,
     provably_nonnegative,
     reindex,
     same,
@@ -148,7 +149,7 @@ def _gather(operands: Operands, source: SymbolicTensor, index: list[Any], out: S
     broadcast = out.shape[whole : len(out.shape) - trailing]
     mapping: dict[sympy.Symbol, sympy.Expr] = {}
     for n, tensor in enumerate(tensors):
-        expr = position_of(align(tensor, broadcast)) if tensor.shape else None
+        expr = position_of(align(tensor, broadcast))
         if expr is None or not provably_nonnegative(expr):
             raise Unread("an index tensor is not a range of non-negative positions")
         shifted = {axis(k): axis(k + trailing) for k in range(len(broadcast))}
@@ -157,6 +158,42 @@ def _gather(operands: Operands, source: SymbolicTensor, index: list[Any], out: S
     for n in range(whole):
         mapping[axis(len(source.shape) - 1 - n)] = axis(len(out.shape) - 1 - n)
     return reindex(source.element, mapping)
+
+
+@MOVEMENT.of("index")
+def _index(operands: Operands, node: fx.Node, out: SymbolicTensor) -> Element:
+    source, index = bind(node, "input indices")
+    if not isinstance(index, (tuple, list)):
+        raise Unread("unexpected arguments")
+    return _gather(operands, operands.tensor(source), [slice(None) if n is None else n for n in index], out)
+
+
+@MOVEMENT.of("_add_batch_dim")
+def _hide(operands: Operands, node: fx.Node, out: SymbolicTensor) -> Element:
+    """``vmap`` takes one dimension out of sight."""
+    source, dim, level = bind(node, "input dim level")
+    tensor = operands.tensor(source)
+    if not isinstance(dim, int) or not isinstance(level, int) or not tensor.shape:
+        raise Unread("unexpected arguments")
+    rank = len(tensor.shape)
+    kept = [n for n in range(rank) if n != dim % rank]
+    places: dict[sympy.Symbol, sympy.Expr] = {axis(rank - 1 - dim % rank): hidden_axis(level)}
+    places |= {axis(rank - 1 - old): axis(rank - 2 - new) for new, old in enumerate(kept)}
+    return reindex(tensor.element, places)
+
+
+@MOVEMENT.of("_remove_batch_dim")
+def _show(operands: Operands, node: fx.Node, out: SymbolicTensor) -> Element:
+    """``vmap`` brings a hidden dimension back."""
+    source, level, _, dim = bind(node, "input level size dim")
+    tensor = operands.tensor(source)
+    if not isinstance(dim, int) or not isinstance(level, int) or len(out.shape) != len(tensor.shape) + 1:
+        raise Unread("unexpected arguments")
+    rank = len(out.shape)
+    kept = [n for n in range(rank) if n != dim % rank]
+    places: dict[sympy.Symbol, sympy.Expr] = {hidden_axis(level): axis(rank - 1 - dim % rank)}
+    places |= {axis(rank - 2 - old): axis(rank - 1 - new) for old, new in enumerate(kept)}
+    return reindex(tensor.element, places)
 
 
 @MOVEMENT.of("cat", "concat", "concatenate")

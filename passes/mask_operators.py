@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import sympy
 import torch
 from torch import fx
+from torch._functorch import predispatch
 
 from mmi_compile.passes.mask_aliasing import is_in_place
 from mmi_compile.passes.mask_elements import Operand, Unread
@@ -20,7 +21,18 @@ _ALIASES = {
     "bitwise_xor": "xor", "bitwise_not": "invert", "iadd": "add", "isub": "sub", "imul": "mul", "iand": "and_",
     "ior": "or_", "ixor": "xor", "inv": "invert", "__and__": "and_", "__rand__": "and_", "__or__": "or_",
     "__ror__": "or_", "__xor__": "xor", "__rxor__": "xor", "__radd__": "add", "__rmul__": "mul", "__rsub__": "rsub",
+    "floor_divide": "floordiv", "ifloordiv": "floordiv",
 }  # fmt: skip
+_OTHERS: dict[Any, str] = {
+    torch.ops.aten.index: "index",
+    torch.ops.aten.index.Tensor: "index",
+    **{
+        getattr(predispatch, name): name
+        for name in ("_add_batch_dim", "_remove_batch_dim")
+        if hasattr(predispatch, name)
+    },
+}
+"""What masks are made with under ``torch.vmap``."""
 
 
 def operator_name(node: fx.Node) -> str:
@@ -28,6 +40,8 @@ def operator_name(node: fx.Node) -> str:
     if node.op == "call_method":
         name = str(node.target)
     elif node.op == "call_function":
+        if isinstance(node.target, Hashable) and node.target in _OTHERS:
+            return _OTHERS[node.target]
         name = str(getattr(node.target, "__name__", ""))
         spaces = (operator, torch, torch.Tensor)
         if not any(getattr(space, name, None) is node.target for space in spaces):

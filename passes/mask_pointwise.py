@@ -24,11 +24,20 @@ from mmi_compile.passes.mask_elements import (
     constant,
     exact,
     join,
-    position_of,
     truth_of,
+    value_of,
 )
 from mmi_compile.passes.mask_operators import Operands, Transfers, bind, operator_name
-from mmi_compile.passes.mask_symbols import Datum, Element, Live, SymbolicTensor, Truth
+from mmi_compile.passes.mask_symbols import (
+    Datum,
+    Element,
+    Live,
+    Quotient,
+    SymbolicTensor,
+    Truth,
+    has_data,
+    provably_nonnegative,
+)
 
 POINTWISE = Transfers()
 _COMPARISONS = ("lt", "le", "gt", "ge", "eq", "ne")
@@ -87,7 +96,7 @@ def _rsub(left: Any, right: Any) -> Any:
 
 _POINTWISE: dict[str, Callable[..., Any]] = {
     name: getattr(operator, name)
-    for name in ("add", "sub", "mul", "neg", "and_", "or_", "xor", "invert", *_COMPARISONS)
+    for name in ("add", "sub", "mul", "neg", "floordiv", "and_", "or_", "xor", "invert", *_COMPARISONS)
 } | {
     "rsub": _rsub, "logical_and": torch.logical_and, "logical_or": torch.logical_or, "logical_not": torch.logical_not,
     "logical_xor": torch.logical_xor, "minimum": torch.minimum, "maximum": torch.maximum, "log": torch.log,
@@ -103,24 +112,15 @@ def _pointwise(operands: Operands, node: fx.Node, out: SymbolicTensor) -> Elemen
     unary = name in ("neg", "invert", "logical_not", "log")
     values = [operands.read(a) for a in bind(node, "input" if unary else "input other")]
     aligned = [align(x, out.shape) if isinstance(x, SymbolicTensor) else x for x in values]
-    for read in (_boolean, _integer, _liveness):
+    for read in (_boolean, _liveness, _integer):
         element = read(name, aligned, out)
         if element is not None:
             return element
-    _refuse_comparison_of_data(name, aligned)
     pairs = []
     for combination in product(*(_branches_in_place(x, out.shape) for x in values)):
         value = compute(_POINTWISE[name], [v for v, _ in combination], out.dtype)
         pairs.append((value, sympy.And(*(when for _, when in combination))))
     return join(pairs, out.dtype)
-
-
-def _refuse_comparison_of_data(name: str, operands: list[Operand]) -> None:
-    """Say in plain words what stops the commonest masks that are not read."""
-    elements = [x.element for x in operands if isinstance(x, SymbolicTensor)]
-    names = {x.name for x in elements if isinstance(x, Datum)}
-    if name in _COMPARISONS and len(names) == 1 and all(isinstance(x, Datum) for x in elements) and len(elements) == 2:
-        raise Unread(f"compares elements of `{names.pop()}` with each other, as masks of packed documents do")
 
 
 def _branches_in_place(operand: Operand, shape: tuple[sympy.Expr, ...]) -> list[tuple[Any, Boolean]]:
@@ -148,13 +148,17 @@ def _boolean(name: str, operands: list[Operand], out: SymbolicTensor) -> Element
 
 def _integer(name: str, operands: list[Operand], out: SymbolicTensor) -> Element | None:
     """Exact arithmetic and comparison of positions."""
-    exprs = [position_of(x) for x in operands]
+    exprs = [value_of(x) for x in operands]
     values = [e for e in exprs if e is not None]
     if len(values) != len(exprs):
         return None
     if name in _COMPARISONS:
         return Truth(compare(name, values[0], values[1]))
-    if name not in _INTEGER or out.dtype not in EXACT_INTEGERS:
+    if out.dtype not in EXACT_INTEGERS:
+        return None
+    if name == "floordiv" and provably_nonnegative(values[1] - 1) and not has_data(values[1]):
+        return exact(Quotient(*values), out.dtype)
+    if name not in _INTEGER or (name == "mul" and any(has_data(value) for value in values)):
         return None
     return exact(_INTEGER[name](*values), out.dtype)
 

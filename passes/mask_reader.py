@@ -27,9 +27,11 @@ from mmi_compile.passes.mask_symbols import (
     Truth,
     axis,
     example,
+    hidden_axis,
     reindex,
     symbolic,
 )
+from mmi_compile.passes.nodes import hidden_levels
 
 TRANSFERS: Mapping[str, Transfer] = {**MAKERS, **MOVEMENT, **POINTWISE, **SCANS}
 # Operators whose result never shares memory with an argument.
@@ -91,7 +93,7 @@ class Reader:
             shape = tuple(symbolic(size) for size in value.shape)
         except TypeError as error:
             raise Unsound(f"`{node.name}` has a size that is {error}") from None
-        index = axes(shape)
+        index = (*axes(shape), *(hidden_axis(level) for level in hidden_levels(value)))
         atom: Element = Datum(node.name, index, not (value.is_floating_point() or value.is_complex()))
         if value.dtype is torch.bool:
             atom = Truth(Live(node.name, *index))

@@ -32,6 +32,12 @@ def axis(from_right: int) -> sympy.Symbol:
 KEY, QUERY, HEAD, BATCH = (axis(n) for n in range(4))
 
 
+@cache
+def hidden_axis(level: int) -> sympy.Symbol:
+    """The index symbol of the dimension that ``vmap`` hides at nesting ``level``."""
+    return sympy.Symbol(f"v{level}", integer=True, nonnegative=True)
+
+
 def example(node: fx.Node) -> Any:
     """The traced value of a node: a FakeTensor, SymInt, number, or None where nothing was recorded."""
     return node.meta.get("example_value", node.meta.get("val"))
@@ -110,6 +116,48 @@ def always_nonnegative(expr: sympy.Expr, sizes: Mapping[sympy.Symbol, sympy.Expr
     return lowest is not None and provably_nonnegative(lowest)
 
 
+class Value(sympy.Expr):  # type: ignore[misc]  # sympy has no type information
+    """The integer ``node[index]``: one element of a tensor of the graph."""
+
+    is_integer = True
+    is_commutative = True
+
+    def __new__(cls, name: Any, *index: sympy.Expr) -> Any:
+        return super().__new__(cls, name if isinstance(name, Str) else Str(name), *index)
+
+    @property
+    def name(self) -> str:
+        return str(self.args[0].name)
+
+    @property
+    def index(self) -> tuple[sympy.Expr, ...]:
+        return tuple(self.args[1:])
+
+    def _sympystr(self, printer: Any) -> str:
+        return f"{self.name}[{', '.join(printer._print(e) for e in self.index)}]"
+
+
+class Quotient(sympy.Expr):  # type: ignore[misc]  # sympy has no type information
+    """The integer ``floor(dividend / divisor)`` with a positive divisor."""
+
+    is_integer = True
+    is_commutative = True
+
+    def __new__(cls, dividend: sympy.Expr, divisor: sympy.Expr) -> Any:
+        dividend, divisor = sympy.expand(dividend), sympy.expand(divisor)
+        if dividend.is_Integer and divisor.is_Integer:
+            return sympy.Integer(int(dividend) // int(divisor))
+        return super().__new__(cls, dividend, divisor)
+
+    def _sympystr(self, printer: Any) -> str:
+        return f"(({printer._print(self.args[0])}) // {printer._print(self.args[1])})"
+
+
+def has_data(expr: sympy.Basic) -> bool:
+    """Whether an expression or condition depends on what tensors of the graph hold, or on quotients of positions."""
+    return bool(expr.has(Value, Quotient, Live))
+
+
 class AtLeastZero(Boolean):  # type: ignore[misc]  # sympy has no type information
     """The atom ``expr >= 0`` over integers. Every comparison of positions takes this one form."""
 
@@ -130,6 +178,26 @@ class AtLeastZero(Boolean):  # type: ignore[misc]  # sympy has no type informati
             rest = sympy.expand(self.expr - key * KEY)
             return f"({KEY} <= {printer._print(rest)})" if key == -1 else f"({printer._print(-rest)} <= {KEY})"
         return f"(0 <= {printer._print(self.expr)})"
+
+
+class Equal(Boolean):  # type: ignore[misc]  # sympy has no type information
+    """The atom ``expr == 0`` over integers, of which some are data. Positions alone make two ``AtLeastZero``."""
+
+    def __new__(cls, expr: sympy.Expr) -> Any:
+        expr = sympy.expand(expr)
+        if not has_data(expr):
+            return sympy.And(AtLeastZero(expr), AtLeastZero(-expr))
+        return super().__new__(cls, min(expr, sympy.expand(-expr), key=sympy.default_sort_key))
+
+    @property
+    def expr(self) -> sympy.Expr:
+        return self.args[0]
+
+    def _sympystr(self, printer: Any) -> str:
+        terms = sympy.Add.make_args(self.expr)
+        left = [t for t in terms if not t.could_extract_minus_sign()]
+        right = [-t for t in terms if t.could_extract_minus_sign()]
+        return f"({printer._print(sympy.Add(*left))} == {printer._print(sympy.Add(*right))})"
 
 
 class Live(Boolean):  # type: ignore[misc]  # sympy has no type information
@@ -159,7 +227,10 @@ class Truth:
 
 @dataclass(frozen=True)
 class Position:
-    """An int32 or int64 element that is an exact expression of indices and sizes (token counts, so no overflow)."""
+    """An int32 or int64 element that is an exact expression of indices, sizes and integers of the graph's tensors.
+
+    Positions, ids and token counts are far from what the dtype holds, so that sums of two do not overflow.
+    """
 
     expr: sympy.Expr
 
@@ -175,7 +246,8 @@ class Cases:
 class Datum:
     """A numeric element that is zero exactly where the integer tensor ``node`` is zero at ``index``.
 
-    With ``integral`` False the node holds floats, of which nothing is known.
+    With ``integral`` False the node holds floats, of which nothing is known. An element of an integer dtype is the
+    node's value itself.
     """
 
     name: str

@@ -45,6 +45,16 @@ def storage_of(tensor: torch.Tensor) -> int | None:
     return int(tensor.untyped_storage()._cdata) if tensor.layout is torch.strided else None
 
 
+def hidden_levels(tensor: torch.Tensor) -> list[int]:
+    """The nesting levels of ``vmap`` at which a traced tensor has a dimension that its shape does not show."""
+    functorch, levels = torch._C._functorch, []
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            levels.append(int(functorch.maybe_get_level(tensor)))
+        tensor = functorch.get_unwrapped(tensor)
+    return levels
+
+
 def is_call(node: Any, functions: tuple[Any, ...] = (), methods: tuple[str, ...] = ()) -> bool:
     """Is ``node`` a call of one of these functions, or of one of these tensor methods?"""
     if not isinstance(node, fx.Node):

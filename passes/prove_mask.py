@@ -28,7 +28,9 @@ class ProveMask:
     def run(self, gm: fx.GraphModule, context: PassContext) -> None:
         prover = Prover()
         proved: dict[tuple[object, ...], MaskFact] = {}
-        for site in context.open_sites():
+        # In graph order: what is proved of a site then names only nodes that come before it.
+        position = {node: i for i, node in enumerate(gm.graph.nodes)}
+        for site in sorted(context.open_sites(), key=lambda site: position[site.node]):
             key = (site.mask, site.is_causal, str(_sizes(site)))  # a SymInt cannot be hashed
             if key not in proved:
                 proved[key] = _prove(site, prover)

@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import fx
 
-from mmi_compile.decision import Decision, Reason
+from mmi_compile.decision import GROUPED_ATTENTION, Decision, Reason
+from mmi_compile.kernels import grouped_ops, groups  # noqa: F401  registers mmi::row_bounds
 from mmi_compile.kernels.layer_heads import names_to_text
 from mmi_compile.kernels.ops import ABI
 from mmi_compile.options import Options
 from mmi_compile.passes.base import AttentionSite, PassContext
 from mmi_compile.passes.classify_phase import offset_is_suffix
 from mmi_compile.passes.dataflow import cone
+from mmi_compile.passes.mask_fact import MaskFact, MaskGroup, Term
 from mmi_compile.passes.nodes import argument, insert_call, is_call, same, tensor_of
 
 
@@ -51,6 +53,8 @@ def _rewrite(site: AttentionSite, context: PassContext, shared: dict[Any, fx.Nod
         padding = fact.padding
         bounds = _once(shared, ("bounds", padding), node, torch.ops.mmi.key_bounds.default, padding)
     offset = _offset(site, shared)
+    if fact.clauses:
+        return _rewrite_grouped(site, shared, padding, bounds, offset)
     modality = _modality(site, context, shared)
     if not site.policy:  # the pass that assigns it was skipped
         site.policy = "exact" if options.policy == "config" else options.policy
@@ -63,11 +67,51 @@ def _rewrite(site: AttentionSite, context: PassContext, shared: dict[Any, fx.Nod
         "" if site.heads is None else site.heads.to_text(), site.index, _layout(node), site.key, ABI,
         *_guard(options),
     )  # fmt: skip
+    _replace(site, new, "mmi::attention")
+    return None
+
+
+def _replace(site: AttentionSite, new: fx.Node, operator_name: str) -> None:
     reason, detail = site.fallback or (None, "")
-    what = f"mmi::attention, {site.pattern}, {fact}"
+    what = f"{operator_name}, {site.pattern}, {site.mask_fact}"
     site.decision = Decision(rewritten=True, what=what, reason=reason, detail=detail)
-    node.replace_all_uses_with(new)
+    site.node.replace_all_uses_with(new)
     site.node = new
+
+
+def _rewrite_grouped(
+    site: AttentionSite, shared: dict[Any, fx.Node], padding: fx.Node | None, bounds: fx.Node | None,
+    offset: int | fx.Node,
+) -> None:  # fmt: skip
+    """The mask as an interval per row, which all layers share, and an exact attention over it."""
+    fact, node = site.mask_fact, site.node
+    assert fact is not None
+    site.policy, site.pattern = "exact", "dense"
+    text, found = _clauses(fact), list(fact.groups)
+    sizes = [_size(shared, *place, node) for place in ((site.q, 0), (site.q, 2), (site.k, 2))]
+    rows = _once(
+        shared, ("rows", text, tuple(found), *sizes, offset), node, torch.ops.mmi.row_bounds.default,
+        [group.node for group in found], text, [group.together for group in found], *sizes, offset, ABI,
+    )  # fmt: skip
+    new = insert_call(
+        node, torch.ops.mmi.grouped_attention.default, site.q, site.k, site.v, padding, bounds, rows, text,
+        _scale(site), offset, _layout(node), site.key, ABI,
+    )  # fmt: skip
+    _replace(site, new, GROUPED_ATTENTION)
+
+
+def _clauses(fact: MaskFact) -> str:
+    """The whole mask but its padding."""
+    plain: list[list[groups.Term]] = [[groups.CAUSAL]] if fact.causal else []
+    if fact.window is not None:
+        plain.append([groups.Window(int(fact.window))])
+    return groups.clauses_to_text([*plain, *([_term(term, fact) for term in clause] for clause in fact.clauses)])
+
+
+def _term(term: Term, fact: MaskFact) -> groups.Term:
+    if isinstance(term, MaskGroup):
+        return groups.Same(fact.groups.index(term), term.least)
+    return groups.CAUSAL if isinstance(term, str) else groups.Window(int(term))
 
 
 def _follow(old: fx.Node, new: fx.Node, context: PassContext) -> None:

@@ -29,8 +29,11 @@ class Draw:
         return torch.randperm(population, generator=self.generator)[:count].sort().values
 
 
-def random_geometry(draw: Draw, *, max_len: int = 80) -> Geometry:
-    """Ragged lengths, an offset, padding on either side, holes, a sliding window, GQA: each in some of the draws."""
+def random_geometry(draw: Draw, *, max_len: int = 80, intervals: bool = False) -> Geometry:
+    """Ragged lengths, an offset, padding on either side, holes, a sliding window, GQA: each in some of the draws.
+
+    With ``intervals`` some rows have one of their own.
+    """
     # At most eight query heads in all: the interpreter runs one program after the other.
     batch, kv_heads, group = [(1, 1, 1), (1, 1, 8), (1, 2, 2), (2, 1, 3), (2, 2, 1), (2, 2, 2)][draw.integer(0, 5)]
     q_len = draw.integer(1, max_len)
@@ -45,17 +48,36 @@ def random_geometry(draw: Draw, *, max_len: int = 80) -> Geometry:
         kv_stop = torch.tensor([draw.integer(int(start), kv_len) for start in kv_start], dtype=torch.int32)
     if draw.chance(0.2):
         key_padding = torch.rand(batch, kv_len, generator=draw.generator) < 0.7
-    return Geometry(batch, kv_heads * group, kv_heads, q_len, kv_len, q_offset, window, kv_start, kv_stop, key_padding)
+    row_start = row_stop = None
+    if intervals and draw.chance(0.4):
+        window = 0
+        row_start, row_stop = random_intervals(draw, batch, q_len, kv_len)
+    return Geometry(
+        batch, kv_heads * group, kv_heads, q_len, kv_len, q_offset, window, kv_start, kv_stop, key_padding, row_start,
+        row_stop,
+    )  # fmt: skip
 
 
-def random_plan(seed: int, *, block_m: int = 16, block_n: int = 16, max_len: int = 80, regions: bool = True) -> Plan:
+def random_intervals(draw: Draw, batch: int, q_len: int, kv_len: int) -> tuple[Tensor, Tensor]:
+    """First key of every row and one past its last, int32 ``[B, q_len]``: steps of many rows, and noise; some empty."""
+    step = draw.integer(1, q_len)
+    edges = torch.randint(0, kv_len + 1, (2, batch, q_len // step + 1), generator=draw.generator)
+    edges = edges.repeat_interleave(step, -1)[..., :q_len].sort(0).values
+    noise = torch.randint(0, draw.integer(1, 4), (batch, q_len), generator=draw.generator)
+    return (edges[0] + noise).clamp(max=kv_len).int(), edges[1].int()
+
+
+def random_plan(
+    seed: int, *, block_m: int = 16, block_n: int = 16, max_len: int = 80, regions: bool = True, intervals: bool = False
+) -> Plan:
     """A valid plan that depends on the seed alone. Entries that no tile uses hold garbage, as they may on a device.
 
     Args:
         regions: whether some plans may have several regions and keys grouped by modality.
+        intervals: whether rows of some plans may have intervals of keys of their own.
     """
     draw = Draw(torch.Generator().manual_seed(seed))
-    g = random_geometry(draw, max_len=max_len)
+    g = random_geometry(draw, max_len=max_len, intervals=intervals)
     row_order, tiles = _row_order(draw, g, block_m) if draw.chance(0.5) else (None, -(-g.q_len // block_m))
     groups = _Groups.draw(draw, g, block_n) if regions and draw.chance(0.4) else None
     spaces = _Spaces(g, groups, block_n)

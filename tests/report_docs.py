@@ -65,6 +65,10 @@ WHY: Mapping[Reason, str] = {
         Which layer of the head config an attention is follows from the paths of modules, or from the order where one
         graph holds all layers. Graph breaks between layers, or two decoders in one graph, leave a doubt; then all
         heads run dense.""",
+    Reason.GROUPED_MASK: """
+        Documents packed side by side, chunks and bidirectional image blocks are lowered to one interval of keys for
+        each row and run exactly. Patterns and boundaries are made for masks that are causal; under any policy such an
+        attention drops nothing.""",
     Reason.SKIPPED: """
         skip_passes and passes_until are for finding faults. What the left-out passes would have found is not known,
         so the attention stays as it was. The detail names the pass.""",

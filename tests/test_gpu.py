@@ -9,9 +9,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mmi_compile import compile as mmi_compile_model
 from mmi_compile import last_report, report
-from mmi_compile.kernels import ops
+from mmi_compile.kernels import grouped_ops, ops  # noqa: F401  registers mmi::…
 from mmi_compile.kernels.boundaries import build_bounded_plan
 from mmi_compile.kernels.geometry import Geometry
+from mmi_compile.kernels.groups import parse_clauses, visible
 from mmi_compile.kernels.launch import device_arch
 from mmi_compile.kernels.patterns import AShape, ByModality, Grid, VerticalSlash
 from mmi_compile.kernels.plan import Plan
@@ -197,3 +198,34 @@ def test_a_whole_model_keeps_its_logits(name: str, padding: str) -> None:
     assert compiled is not None
     assert len(compiled.rewritten) == len(compiled.sites) > 0
     assert relative_error(got[live], want[live]) < 3e-2
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_portable_kernels_with_an_interval_for_every_row(head_dim: int, dtype: torch.dtype) -> None:
+    tiles = family_tiles("portable", torch.device("cuda", 0), dtype, head_dim)
+    for seed in range(12):
+        plan = random_plan(seed, block_m=tiles.block_m, block_n=tiles.block_n, max_len=700, intervals=True)
+        if plan.geometry.has_rows and seed % 2:
+            plan = dense_plan(plan.geometry, tiles, "cpu")
+        q, k, v = random_qkv(seed, plan.geometry, head_dim, dtype)
+        want = masked_attention(q, k, v, plan.to_mask(), head_dim**-0.5)
+        got = run_plan(q.cuda(), k.cuda(), v.cuda(), on_gpu(plan), head_dim**-0.5, family="portable")
+        assert relative_error(got, want) < ROUNDING[dtype]
+
+
+@pytest.mark.parametrize("clauses", ["causal & same:0", "causal|same:0:1 & window:300", "causal & same:0 & window:64"])
+@pytest.mark.parametrize("torn", [False, True])
+def test_attention_of_documents_and_blocks(clauses: str, torn: bool) -> None:
+    tokens, scale = 1500, 64**-0.5
+    random = torch.Generator().manual_seed(1)
+    ids = (torch.rand(2, tokens, generator=random) < 0.01).cumsum(1)
+    ids = ids % 3 if torn else ids
+    q, k, v = (torch.randn(2, heads, tokens, 64, generator=random).bfloat16() for heads in (4, 2, 2))
+    mask = visible(parse_clauses(clauses), ids[None], torch.arange(tokens), 0)
+    want = attention_reference(q.double(), k.double(), v.double(), mask[:, None], scale)
+    rows = torch.ops.mmi.row_bounds([ids.cuda()], clauses, [not torn], 2, tokens, tokens, 0, ops.ABI)
+    got = torch.ops.mmi.grouped_attention(
+        q.cuda(), k.cuda(), v.cuda(), None, None, rows, clauses, scale, 0, "bshd", "gpu/0", ops.ABI
+    )
+    assert relative_error(got, want) < ROUNDING[torch.bfloat16]

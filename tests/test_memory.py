@@ -39,10 +39,28 @@ def watched(graph_module, example_inputs):
             return graph_module(*args)
     return run
 
-def prefill(tokens):
+class Blocks(torch.nn.Module):
+    "Causal attention in a window, in which tokens of a block of images see both ways."
+    def forward(self, x, ids):
+        i, j = torch.arange(x.shape[2])[:, None], torch.arange(x.shape[2])[None]
+        block = (ids[:, None, :, None] == ids[:, None, None]) & (ids[:, None, :, None] >= 0)
+        mask = ((j <= i) | block) & (i - j < 512)
+        return torch.nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=mask)
+
+def prompt(kind, tokens):
+    if kind == "blocks":
+        ids = torch.arange(tokens) // 256
+        return Blocks(), {"x": torch.randn(1, 2, tokens, 32), "ids": torch.where(ids % 2 == 0, ids, -1)[None]}
     shape = models.Shape(layers=1, heads=2, kv_heads=1, head_dim=32, max_positions=tokens)
     model, inputs = models.qwen2(tokens=tokens, shape=shape)
-    fast = torch.compile(model.model, backend="mminference", options={"policy": "exact", "inner": watched})
+    if kind == "documents":
+        positions = torch.arange(tokens)[None] % 1000
+        inputs = {"input_ids": inputs["input_ids"], "position_ids": positions, "use_cache": False}
+    return model.model, inputs
+
+def prefill(tokens):
+    model, inputs = prompt(sys.argv[2], tokens)
+    fast = torch.compile(model, backend="mminference", options={"policy": "exact", "inner": watched})
     with torch.no_grad():
         fast(**inputs)
 
@@ -58,9 +76,9 @@ print(json.dumps({"grown": peak() - before, "largest": watch.bytes, "left": left
 """
 
 
-def measure(tokens: int) -> dict[str, Any]:
+def measure(kind: str, tokens: int) -> dict[str, Any]:
     done = subprocess.run(
-        [sys.executable, "-c", WORKER, str(tokens)], capture_output=True, text=True, timeout=300, cwd=ROOT
+        [sys.executable, "-c", WORKER, str(tokens), kind], capture_output=True, text=True, timeout=300, cwd=ROOT
     )
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -68,8 +86,9 @@ def measure(tokens: int) -> dict[str, Any]:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss is in other units elsewhere")
-def test_peak_memory_of_a_prefill_grows_linearly():
-    short, long = (measure(tokens) for tokens in LENGTHS)
+@pytest.mark.parametrize("kind", ["padding", "documents", "blocks"])
+def test_peak_memory_of_a_prefill_grows_linearly(kind):
+    short, long = (measure(kind, tokens) for tokens in LENGTHS)
     assert not short["left"] + long["left"]
     # A boolean mask takes 256 MiB at 16 K tokens and 1 GiB at 32 K; the scores of one head take four times as much.
     assert 0 < long["largest"] <= 2 * short["largest"] <= 64 * MIB

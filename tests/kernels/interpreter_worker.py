@@ -14,6 +14,7 @@ import torch
 from mmi_compile.kernels.geometry import Geometry
 from mmi_compile.kernels.launch import dtype_name, plan_features
 from mmi_compile.kernels.plan import Plan
+from mmi_compile.kernels.planner import TileShape, dense_plan
 from mmi_compile.kernels.spec import KernelSpec
 from mmi_compile.kernels.triton_attention import attention_triton
 from tests.kernels.serving import serve
@@ -27,7 +28,9 @@ def check(
     descriptors: bool = False, poison: bool = False, max_len: int = 80,
 ) -> dict[str, Any]:  # fmt: skip
     """Compare one random plan with float64 attention over ``plan.to_mask()``."""
-    plan = random_plan(seed, block_m=block_m, block_n=block_n, max_len=max_len)
+    plan = random_plan(seed, block_m=block_m, block_n=block_n, max_len=max_len, intervals=True)
+    if plan.geometry.has_rows and seed % 2:
+        plan = dense_plan(plan.geometry, TileShape(block_m, block_n), "cpu")
     if seed % 3:
         plan = _without_idle_lists(plan)
     g = plan.geometry

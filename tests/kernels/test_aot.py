@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from mmi_compile.kernels.spec import SHARED_MEMORY, Features, choose_spec
@@ -17,6 +19,7 @@ EVERYTHING = Features(
     has_blocks=True, has_sinks=True, has_columns=True, has_block_bits=True, has_row_order=True, has_bounds=True,
     has_key_padding=True, has_window=True, has_regions=True, has_key_order=True,
 )  # fmt: skip
+INTERVALS = Features(has_row_bounds=True)
 REGIONS = Features(
     has_blocks=True, has_sinks=True, has_columns=True, has_block_bits=True, has_row_order=True, has_regions=True,
     has_key_order=True,
@@ -73,6 +76,19 @@ def test_keys_of_two_spaces_are_read_as_fast_as_those_of_one() -> None:
     assert "cp.async.cg.shared.global" in assembly
     assert "ld.global.b16" not in assembly
     assert "cp.async.bulk.tensor" in assert_compiles("sm_90", "bf16", 128, REGIONS)["ptx"]
+
+
+@pytest.mark.parametrize(
+    ("arch", "features"),
+    [
+        ("sm_80", INTERVALS),
+        ("sm_90", INTERVALS),
+        ("sm_90", replace(INTERVALS, has_bounds=True, has_key_padding=True)),
+        ("sm_80", replace(EVERYTHING, has_window=False, has_row_bounds=True)),
+    ],
+)
+def test_rows_with_intervals_of_their_own(arch: str, features: Features) -> None:
+    assert_compiles(arch, "bf16", 128, features)
 
 
 def test_instinct() -> None:

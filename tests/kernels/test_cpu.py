@@ -10,12 +10,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmi_compile.kernels.cpu import attention_cpu
+from mmi_compile.kernels.dense import dense_attention
 from mmi_compile.kernels.geometry import Geometry
 from mmi_compile.kernels.patterns import AShape, Grid, VerticalSlash
 from mmi_compile.kernels.plan import RECORD, Plan, TileRecord
+from mmi_compile.kernels.plan_rows import visible_keys
 from mmi_compile.kernels.planner import TileShape, build_plan, dense_plan
 from mmi_compile.kernels.reference import attention_reference
-from tests.random_plans import masked_attention, random_plan, random_qkv
+from tests.random_plans import (
+    Draw,
+    masked_attention,
+    random_geometry,
+    random_intervals,
+    random_plan,
+    random_qkv,
+)
 from tests.strategies import geometries, patterns, random_inputs, tile_shapes
 
 SCALE = 0.3
@@ -35,7 +44,7 @@ def dense_records(tiles: int, windows: list[tuple[int, int]], grouped: bool = Fa
 
 @given(st.integers(0, 9999), st.sampled_from([(16, 16), (8, 4), (5, 7), (32, 16), (4, 16)]))
 def test_any_plan_is_softmax_over_its_mask(seed: int, blocks: tuple[int, int]) -> None:
-    plan = random_plan(seed, block_m=blocks[0], block_n=blocks[1])
+    plan = random_plan(seed, block_m=blocks[0], block_n=blocks[1], intervals=True)
     g = plan.geometry
     q, k, v = random_qkv(seed, g, 8, torch.float64)
     expected = masked_attention(q, k, v, plan.to_mask(), SCALE)
@@ -127,6 +136,32 @@ def test_precisions(dtype: torch.dtype, tolerance: float) -> None:
     assert got.dtype == dtype
     expected = attention_reference(x.q, x.k, x.v, plan.to_mask(), SCALE)
     torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+
+
+@given(st.integers(0, 9999), tile_shapes())
+def test_dense_plans_of_rows_with_intervals_are_the_mask(seed: int, tiles: TileShape) -> None:
+    draw = Draw(torch.Generator().manual_seed(seed))
+    g = random_geometry(draw, intervals=True)
+    start, stop = random_intervals(draw, g.batch, g.q_len, g.kv_len)
+    g = dataclasses.replace(g, window=0, row_start=start, row_stop=stop)
+    plan = dense_plan(g, tiles, "cpu")
+    assert torch.equal(plan.to_mask(), g.to_mask()[:, None].expand(-1, g.q_heads, -1, -1))
+    assert torch.equal(visible_keys(g, torch.arange(g.q_len).expand(g.batch, -1)), g.to_mask())
+    _assert_middles_are_whole(plan)
+    q, k, v = random_qkv(seed, g, 8, torch.float64)
+    expected = masked_attention(q, k, v, plan.to_mask(), SCALE)
+    torch.testing.assert_close(attention_cpu(q, k, v, plan, SCALE), expected, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(dense_attention(q, k, v, g, SCALE, tiles), expected, rtol=1e-9, atol=1e-10)
+
+
+def _assert_middles_are_whole(plan: Plan) -> None:
+    """No kernel tests a pair there."""
+    mask, r = plan.geometry.to_mask(), plan.record
+    for b in range(plan.geometry.batch):
+        for tile, (left, full) in enumerate(zip(r.window_left[b, 0, :, 0], r.window_full[b, 0, :, 0], strict=True)):
+            rows = slice(tile * plan.block_m, (tile + 1) * plan.block_m)
+            assert mask[b, rows, int(left) * plan.block_n : int(full) * plan.block_n].all()
+            assert int(full) * plan.block_n <= plan.geometry.kv_len
 
 
 def test_dead_rows_are_zero() -> None:

@@ -45,8 +45,13 @@ REGIONS = Features(
 )  # fmt: skip
 
 
+def test_rows_with_intervals_are_left_to_the_portable_kernel() -> None:
+    with pytest.raises(ValueError, match="use the portable one"):
+        choose_hopper_spec("bf16", 128, features=Features(has_row_bounds=True))
+
+
 def every_spec() -> list[HopperSpec]:
-    names = [f.name for f in fields(Features) if f.name != "use_descriptors"]
+    names = [f.name for f in fields(Features) if f.name not in ("use_descriptors", "has_row_bounds")]
     found = []
     for flags in itertools.product([False, True], repeat=len(names)):
         try:

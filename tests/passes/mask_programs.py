@@ -260,6 +260,96 @@ def _documents(draw: st.DrawFn, b: Builder) -> fx.Node:
     return _spell(draw, b, draw(st.sampled_from(["eq", "eq", "le"])), rows, keys)
 
 
+def _ids(draw: st.DrawFn, b: Builder) -> fx.Node:
+    """An integer per key, ``[B, kv_len]``, as models number documents, blocks and chunks; nearly right ones too."""
+    form = draw(st.sampled_from(["data", "steps", "jumps", "jumps", "blocks", "blocks", "prefix", "chunks", "chunks"]))
+    if form == "data":
+        return b.method("to", b.pad, draw(st.sampled_from([torch.int64, torch.int64, torch.int32])))
+    if form == "steps":
+        steps = draw(st.sampled_from([b.pad, b.method("bool", b.pad), b.call(operator.ne, b.pad, 1)]))
+        return b.method("cumsum", steps, draw(st.sampled_from([-1, 1, -1, 0])))
+    if form == "jumps":
+        return _jumps(draw, b, b.method("cumsum", b.pad, -1))
+    if form == "blocks":
+        inside = b.call(operator.eq, b.pad, draw(st.sampled_from([1, 1, 2])))
+        before = b.call(torch.nn.functional.pad, inside, (1, 0), value=0)
+        before = b.call(operator.getitem, before, (slice(None), slice(None, -1)))
+        first = b.call(operator.and_, inside, b.call(operator.invert, before))
+        first = draw(st.sampled_from([first, first, first, b.call(operator.invert, inside)]))
+        number = b.call(operator.sub, b.call(torch.cumsum, b.method("int", first), dim=1), 1)
+        return b.call(torch.where, inside, number, -1)
+    if form == "prefix":
+        zero, rest = draw(st.sampled_from([(0, -1), (0, -1), (1, 0), (-1, 0)]))
+        return b.call(torch.where, b.call(operator.eq, b.pad, 0), zero, rest)
+    left = b.call(torch.sum, b.call(operator.eq, b.method("cumsum", b.pad, -1), 0), dim=-1, keepdim=True)
+    places = b.call(operator.getitem, b.call(torch.arange, b.kv_len), (None, slice(None)))
+    places = b.call(operator.sub, places, left) if draw(st.booleans()) else b.method("expand", places, b.batch, -1)
+    places = b.call(operator.neg, places) if draw(st.integers(0, 5)) == 0 else places
+    return b.call(operator.floordiv, places, draw(st.sampled_from([1, 2, 3, 4])))
+
+
+def _jumps(draw: st.DrawFn, b: Builder, positions: fx.Node) -> fx.Node:
+    """Numbers of documents, from positions that do not step by 1."""
+    first = b.call(operator.getitem, positions, (slice(None), slice(None, 1)))
+    first = b.call(operator.sub, first, draw(st.sampled_from([1, 1, 0])))
+    steps = b.call(torch.diff, positions, prepend=first, dim=-1)
+    return b.method("cumsum", b.call(operator.ne, steps, draw(st.sampled_from([1, 1, 1, 1, 0]))), -1)
+
+
+def _at(b: Builder, ids: fx.Node, length: Any, shift: Any, row: bool) -> fx.Node:
+    """``ids`` at rows or at keys, indexed as transformers does."""
+    batch = b.call(operator.getitem, b.call(torch.arange, b.batch), (slice(None), None, None, None))
+    index = (None, None, slice(None), None) if row else (None, None, None, slice(None))
+    places = b.call(operator.add, b.call(torch.arange, length), shift)
+    return b.call(operator.getitem, ids, (batch, b.call(operator.getitem, places, index)))
+
+
+def _shift(draw: st.DrawFn, b: Builder) -> Any:
+    """Where row 0 stands, now and then somewhere else."""
+    aligned = b.call(operator.sub, b.kv_len, b.q_len)
+    return draw(st.sampled_from([aligned, aligned, aligned, aligned, aligned, 0]))
+
+
+def _same(draw: st.DrawFn, b: Builder, ids: fx.Node, shift: Any) -> fx.Node:
+    rows, keys = _at(b, ids, b.q_len, shift, True), _at(b, ids, b.kv_len, 0, False)
+    if draw(st.integers(0, 7)) == 0:
+        rows, keys = keys, rows
+    return _spell(draw, b, draw(st.sampled_from(["eq"] * 7 + ["le"])), rows, keys)
+
+
+def _grouped(draw: st.DrawFn, b: Builder) -> fx.Node:
+    """Documents, chunks or blocks beside causality, as models combine them, and nearly so."""
+    shift = _shift(draw, b)
+    rows = b.call(operator.getitem, b.call(torch.arange, b.q_len), (slice(None), None))
+    rows = b.call(operator.add, rows, shift)
+    keys = b.call(torch.arange, b.kv_len)
+    causal = b.call(operator.le, keys, rows)
+    width = draw(st.integers(1, 4))
+    window = b.call(operator.gt, keys, b.call(operator.sub, rows, width))
+    form = draw(st.sampled_from(["and", "or", "or", "or and window", "window in or", "documents", "documents or"]))
+    if form.startswith("documents"):
+        positions = b.method("cumsum", b.pad, -1)
+        at_row, at_key = _at(b, positions, b.q_len, shift, True), _at(b, positions, b.kv_len, 0, False)
+        causal = b.call(operator.le, at_key, at_row)
+        near = b.call(operator.gt, at_key, b.call(operator.sub, at_row, width))
+        causal = b.call(operator.and_, causal, near) if draw(st.booleans()) else causal
+        found = b.call(operator.and_, causal, _same(draw, b, _jumps(draw, b, positions), shift))
+        if form == "documents":
+            return found
+        causal = found
+    ids = _ids(draw, b)
+    same = _same(draw, b, ids, shift)
+    if form == "and":
+        return _spell(draw, b, "and", causal, same)
+    if form == "window in or":
+        causal = b.call(operator.and_, causal, window)
+    if draw(st.integers(0, 7)):
+        column = _at(b, ids, b.q_len, shift, True) if draw(st.integers(0, 7)) else _at(b, ids, b.kv_len, 0, False)
+        same = b.call(operator.and_, same, _spell(draw, b, draw(st.sampled_from(["ge", "ge", "gt", "le"])), column, 0))
+    found = b.call(operator.or_, causal, same)
+    return b.call(operator.and_, found, window) if form == "or and window" else found
+
+
 def _gathered(draw: st.DrawFn, b: Builder, pad: fx.Node) -> fx.Node:
     batch = b.call(operator.getitem, b.call(torch.arange, b.batch), (slice(None), None, None, None))
     length, place = draw(st.sampled_from([(b.kv_len, 3), (b.kv_len, 3), (b.q_len, 2)]))
@@ -316,6 +406,8 @@ _TERMS = [
     _pieces,
     _heads,
     _documents,
+    _grouped,
+    _grouped,
 ]
 
 
@@ -381,6 +473,20 @@ def build(draw: st.DrawFn, batch: int, q_len: int, kv_len: int, dynamic: bool) -
             if draw(st.integers(0, 3)) == 0:
                 mask = b.call(operator.add, mask, _additive(draw, b, _condition(draw, b, 0)))
         mask = _wrap(draw, b, mask)
+    except Refused:
+        return None
+    b.graph.output(mask)
+    return Program(b, mask)
+
+
+def build_grouped(draw: st.DrawFn, batch: int, q_len: int, kv_len: int, dynamic: bool) -> Program | None:
+    """A random program whose tokens are grouped, in most cases as some model groups them."""
+    b = Builder(batch, q_len, kv_len, dynamic)
+    try:
+        mask = _grouped(draw, b)
+        for term in draw(st.lists(st.sampled_from([_padding, _right, _grouped, _comparison]), max_size=2)):
+            mask = _spell(draw, b, draw(st.sampled_from(["and", "and", "and", "or"])), mask, term(draw, b))
+        mask = _additive(draw, b, mask) if draw(st.integers(0, 3)) == 0 else mask
     except Refused:
         return None
     b.graph.output(mask)

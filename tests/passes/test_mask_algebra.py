@@ -15,17 +15,19 @@ import torch.nn.functional as F
 from hypothesis import assume, event, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx
+from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 
+from mmi_compile.kernels.groups import Same, lie_together
 from mmi_compile.options import Options
 from mmi_compile.passes.base import AttentionSite, PassContext
 from mmi_compile.passes.mask_algebra import Prover, prove, symbolic
-from mmi_compile.passes.mask_fact import MaskFact
+from mmi_compile.passes.mask_fact import CAUSAL, MaskFact, MaskGroup
 from mmi_compile.passes.mask_reader import Reader
 from mmi_compile.passes.mask_symbols import Cases, Live, Position, SymbolicTensor, Truth, axis, same
 from mmi_compile.passes.prove_mask import ProveMask
-from tests import models
+from tests import families, models
 from tests.harness import Recorder, capture
-from tests.passes.mask_programs import Builder, Program, build
+from tests.passes.mask_programs import Builder, Program, Values, build, build_grouped
 
 ONE_LAYER = models.Shape(layers=1)
 
@@ -39,6 +41,14 @@ def described(fact: MaskFact, values: dict[str, Any], sizes: dict[sympy.Expr, in
         mask = mask & (j <= i)
     if fact.window is not None:
         mask = mask & (i - j < int(fact.window.subs(sizes)))
+    for clause in fact.clauses:
+        met = torch.zeros(1, 1, q, kv, dtype=torch.bool)
+        for term in clause:
+            if isinstance(term, MaskGroup):
+                met = met | shared(term, values, i[:, 0], kv)
+            else:
+                met = met | (j <= i if term == CAUSAL else i - j < int(sympy.sympify(term).subs(sizes)))
+        mask = mask & met
     if fact.padding is not None:
         padding = values[fact.padding.name]
         assert padding.dim() == 2
@@ -47,15 +57,33 @@ def described(fact: MaskFact, values: dict[str, Any], sizes: dict[sympy.Expr, in
     return mask
 
 
+def shared(group: MaskGroup, values: dict[str, Any], position: Tensor, kv: int) -> Tensor:
+    """Whether the row at each position and each key are of one group, ``[B or 1, 1, q, kv]``."""
+    ids = values[group.node.name]
+    assert ids.dim() in (1, 2, 4)
+    assert ids.shape[-1] >= kv
+    assert ids.dim() < 4 or ids.shape[1:3] == (1, 1)
+    ids = ids.reshape(-1, ids.shape[-1]).long()
+    if group.together:
+        assert lie_together(((Same(0, group.least),),), ids[None], [False])
+    rows, keys = ids[:, position, None], ids[:, None, :kv]
+    found = rows == keys
+    return (found if group.least is None else found & (rows >= group.least))[:, None]
+
+
 def check(fact: MaskFact, program: Program, batch: int, q: int, kv: int) -> None:
     """Compare a known fact with what the graph really computes for these sizes."""
     sizes = program.builder.sizes(batch, q, kv)
     for seed in range(3):
-        values = program.run(batch, q, kv, seed)
+        try:
+            values = program.run(batch, q, kv, seed)
+        except IndexError:
+            continue  # it reads beyond its tensors: no call of these sizes gets this far
         actual = values[program.mask.name]
         visible = actual if actual.dtype is torch.bool else actual == 0
-        expected = described(fact, values, sizes, q, kv).expand(batch, 2, q, kv)
-        assert torch.equal(visible.expand(batch, 2, q, kv), expected), (fact, program.builder.graph)
+        heads = actual.shape[-3] if actual.dim() > 2 and actual.shape[-3] > 1 else 2
+        expected = described(fact, values, sizes, q, kv).expand(batch, heads, q, kv)
+        assert torch.equal(visible.expand(batch, heads, q, kv), expected), (fact, program.builder.graph)
         if actual.dtype is not torch.bool:
             hidden = actual[~visible]
             assert ((hidden == float("-inf")) | (hidden == torch.finfo(actual.dtype).min)).all()
@@ -63,9 +91,8 @@ def check(fact: MaskFact, program: Program, batch: int, q: int, kv: int) -> None
             assert values[fact.padding.name].shape[0] == batch
 
 
-@settings(max_examples=4 * settings().max_examples)
-@given(st.data())
-def test_a_known_fact_is_never_wrong(data: st.DataObject) -> None:
+def prove_and_check(data: st.DataObject, build: Callable[..., Program | None]) -> None:
+    """Whatever is proved about a random program has to be so, for the traced sizes and others."""
     dynamic = data.draw(st.booleans())
     batch, q = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 6))
     kv = q + data.draw(st.sampled_from([0, 0, 0, 1, 3]))
@@ -75,6 +102,7 @@ def test_a_known_fact_is_never_wrong(data: st.DataObject) -> None:
     b = program.builder
     fact = prove(program.mask, q_len=b.q_len, kv_len=b.kv_len, batch=b.batch)
     event(f"known: {fact.known}")
+    event(f"groups: {sorted('or' if len(clause) > 1 else 'and' for clause in fact.clauses)}")
     if not fact.known:
         assert fact.detail
         return
@@ -83,6 +111,18 @@ def test_a_known_fact_is_never_wrong(data: st.DataObject) -> None:
         if dynamic and b.allows(*other):
             event("known for other sizes")
             check(fact, program, *other)
+
+
+@settings(max_examples=4 * settings().max_examples)
+@given(st.data())
+def test_a_known_fact_is_never_wrong(data: st.DataObject) -> None:
+    prove_and_check(data, build)
+
+
+@settings(max_examples=2 * settings().max_examples)
+@given(st.data())
+def test_a_known_fact_about_groups_is_never_wrong(data: st.DataObject) -> None:
+    prove_and_check(data, build_grouped)
 
 
 Form = Callable[[Tensor, Tensor], Tensor]
@@ -114,6 +154,15 @@ def _window(q: Tensor, size: int) -> Tensor:
 def _document(p: Tensor) -> Tensor:
     ids = p.cumsum(-1)
     return (ids[:, None, :, None] == ids[:, None, None, :]).bool()
+
+
+def _same(p: Tensor) -> Tensor:
+    return p[:, None, :, None] == p[:, None, None]
+
+
+def _in_prefix(p: Tensor) -> Tensor:
+    ids = torch.where(p == 0, 0, -1)
+    return _same(ids) & (ids[:, None, :, None] >= 0)
 
 
 def _from_rows(q: Tensor) -> Tensor:
@@ -173,6 +222,23 @@ PROVED: dict[str, tuple[Form, str]] = {
     "sliced": (lambda q, p: _tril(q)[None, None][:, :, :, : p.shape[1]], "causal"),
     "window twice": (lambda q, p: _window(q, 4) & _window(q, 3), "causal and sliding window 3"),
     "no mask at all": (lambda q, p: torch.ones(_s(q), _s(q), dtype=torch.bool), "all pairs visible"),
+    "documents": (lambda q, p: _tril(q) & _document(p), "causal and same document"),
+    "documents and padding": (
+        lambda q, p: _tril(q) & _same(p) & (p != 0)[:, None, None], "causal and padding and same document"
+    ),
+    "blocks": (lambda q, p: _tril(q) | (_same(p) & (p[:, None, :, None] > 0)), "(causal or same block)"),
+    "blocks in a window": (
+        lambda q, p: (_tril(q) | (_same(p) & (p[:, None, :, None] >= 0))) & (_i(q)[0] - _i(q)[1] < 4),
+        "sliding window 4 and (causal or same block)",
+    ),
+    "blocks beside a window": (
+        lambda q, p: _window(q, 4) | (_same(p) & (p[:, None, :, None] >= 0)),
+        "(causal or same block) and (sliding window 4 or same block)",
+    ),
+    "a prefix": (
+        lambda q, p: _tril(q) | _in_prefix(p), "(causal or same block)"
+    ),
+    "chunks": (lambda q, p: _tril(q) & (_i(q)[0] // 4 == _i(q)[1] // 4), "causal and same chunk"),
     "or that changes nothing": (lambda q, p: _tril(q) & (_tril(q) | p[:, None, None].bool()), "causal"),
 }  # fmt: skip
 
@@ -187,7 +253,13 @@ REFUSED: dict[str, tuple[Form, str]] = {
         "is not a [batch, kv_len] tensor",
     ),
     "late == 1": (lambda q, p: _tril(q) & (p[:, None, None] == 1), "is not a [batch, kv_len] tensor"),
-    "documents": (lambda q, p: _tril(q) & _document(p), "differs between query rows"),
+    "documents of rows alone": (lambda q, p: _document(p), "is not a plain condition"),
+    "documents of other rows": (lambda q, p: _tril(q) & _document(p).flip(-1), "`flip`, which is not read"),
+    "blocks of keys alone": (lambda q, p: _tril(q) | (_same(p) & (p[:, None, None] >= 0)), "is not a plain condition"),
+    "blocks and other rows": (lambda q, p: _tril(q) | (_same(p) & (p[:, None, :, None] != 1)), "not a plain condition"),
+    "documents one key off": (
+        lambda q, p: _tril(q) & (p[:, None, :, None] == p.roll(1, -1)[:, None, None]), "`roll`, which is not read"
+    ),
     "bias": (lambda q, p: torch.where(_tril(q), 0.0, -1e4), "a bias, or not low enough"),
     "half min in float": (
         lambda q, p: torch.where(_tril(q), 0.0, -65504.0).to(torch.float16).float(), "a bias, or not low enough"
@@ -243,7 +315,7 @@ def masks(gm: fx.GraphModule) -> list[tuple[fx.Node, Any, Any, Any]]:
 
 def facts(gm: fx.GraphModule) -> list[MaskFact]:
     prover = Prover()
-    return [prover.prove(m, q_len=q, kv_len=kv, batch=b) for m, q, kv, b in masks(gm) if m is not None]
+    return [prover.prove(m, q_len=q, kv_len=kv, batch=b) for m, q, kv, b in masks(gm) if isinstance(m, fx.Node)]
 
 
 def prove_forms(forms: Sequence[Form], dynamic: bool) -> list[MaskFact]:
@@ -411,12 +483,46 @@ def test_text_models_without_cache_or_padding_have_no_documents(name: str, attn:
     assert found == ["causal"]
 
 
-def test_documents_given_as_positions_are_unknown_for_a_readable_reason() -> None:
-    built, inputs = models.build("qwen2", tokens=9, with_attention_mask=False, shape=ONE_LAYER)
-    positions = torch.cat([torch.arange(4), torch.arange(5)])[None]
-    (found,) = meanings(capture(built.model, use_cache=False, position_ids=positions, **inputs))
-    assert found.startswith("unknown")
-    assert "as masks of packed documents do" in found
+@pytest.mark.parametrize(("name", "text"), [("qwen2", "causal"), ("mistral", "causal and sliding window 8")])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_documents_given_as_positions(name: str, text: str, dynamic: bool) -> None:
+    built, inputs = models.build(name, tokens=19, with_attention_mask=False, shape=ONE_LAYER)
+    positions = torch.cat([torch.arange(12), torch.arange(7)])[None]
+    recorder = capture(built.model, use_cache=False, position_ids=positions, dynamic=dynamic, **inputs)
+    (found,) = [fact for gm in recorder.graphs for fact in facts(gm)]
+    assert str(found) == f"{text} and same document"
+    assert found.groups[0].together
+
+
+def _llama4(attn: str) -> tuple[Any, dict[str, Tensor]]:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Llama4TextConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, intermediate_size_mlp=32, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=16, attention_chunk_size=8, no_rope_layers=[1, 0],
+        num_local_experts=2, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return _model(transformers.Llama4TextModel, config, attn)
+
+
+@pytest.mark.parametrize(("attn", "dynamic"), [("sdpa", True), ("eager", False)])
+def test_chunks_of_llama4(attn: str, dynamic: bool) -> None:
+    model, inputs = _llama4(attn)
+    gm = next(g for g in capture(model, use_cache=False, dynamic=dynamic, **inputs).graphs if masks(g))
+    chunked, plain = facts(gm)
+    assert str(chunked) == "causal and padding and same chunk"
+    assert chunked.groups[0].together
+    assert str(plain) == "causal and padding"
+
+
+@pytest.mark.parametrize(("attn", "dynamic"), [("sdpa", True), ("eager", False)])
+def test_image_blocks_of_gemma3(attn: str, dynamic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRANSFORMERS_DISABLE_TORCH_CHECK", "1")
+    case = families.vision("gemma3", attn=attn, batch=2, padding="left", shape=models.Shape(layers=2))
+    recorder = capture(case.model, use_cache=False, dynamic=dynamic, **case.inputs)
+    found = {str(fact): fact for gm in recorder.graphs for fact in facts(gm)}
+    blocks = "(causal or same block)"
+    for words in (f"padding and {blocks}", f"sliding window 8 and padding and {blocks}"):
+        assert found[words].groups[0].together
 
 
 def test_documents_cannot_be_proved_away_where_positions_jump() -> None:
@@ -425,7 +531,9 @@ def test_documents_cannot_be_proved_away_where_positions_jump() -> None:
         ids = (torch.diff(positions, prepend=positions[:, :1] - 1, dim=-1) != 1).cumsum(-1)
         return _tril(q) & (ids[:, None, :, None] == ids[:, None, None, :])
 
-    assert not prove_form(jump, True).known
+    fact = prove_form(jump, True)
+    assert fact.groups
+    assert fact.groups[0].together
 
 
 def element_at(tensor: SymbolicTensor, index: tuple[int, ...], sizes: dict[sympy.Expr, int]) -> int | bool | None:
@@ -593,12 +701,49 @@ def test_a_maximum_that_a_guard_settles_is_settled() -> None:
     assert (fact.causal, fact.offset) == (True, 7)
 
 
-def test_masks_made_under_vmap_are_refused_and_no_failure() -> None:
-    def function(q: Tensor) -> Tensor:
-        rows = torch.arange(5)
-        visible = torch.vmap(torch.vmap(lambda i, j: (j <= i) & (i - j < 3), (None, 0)), (0, None))(rows, rows)
+Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""Whether batch element ``b`` with ids ``ids[B, N]`` sees key ``j`` from row ``i``: ``rule(ids, b, i, j)``."""
+
+RULES: dict[str, tuple[Rule, str]] = {
+    "window": (lambda ids, b, i, j: (j <= i) & (i - j < 3), "causal and sliding window 3"),
+    "padding": (lambda ids, b, i, j: (j <= i) & (ids[b, j] != 0), "causal and padding"),
+    "documents": (lambda ids, b, i, j: (j <= i) & (ids[b, i] == ids[b, j]), "causal and same document"),
+    "blocks": (
+        lambda ids, b, i, j: (j <= i) | ((ids[b, i] == ids[b, j]) & (ids[b, i] >= 1)), "(causal or same block)"
+    ),
+    # Nothing outside of vmap holds the chunk of a key.
+    "chunks": (lambda ids, b, i, j: (j <= i) & ((j - ids[b, b]) // 3 == (i - ids[b, b]) // 3), ""),
+    "rows": (lambda ids, b, i, j: (j <= i) & (ids[b, i] != 0), ""),
+    "other batch": (lambda ids, b, i, j: (j <= i) & (ids[1 - b, i] == ids[1 - b, j]), ""),
+    "not read": (lambda ids, b, i, j: (j <= i) & ((ids[b, j] ^ 1) == 1), ""),
+    "not read of rows": (lambda ids, b, i, j: (j <= i) & ((ids[b, i] ^ ids[b, j]) == 0), ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("outside", ["bij", "jib", "ibj"])
+def test_masks_made_under_vmap(name: str, outside: str) -> None:
+    """``outside`` says in which order ``vmap`` nests, as transformers does where it is given functions."""
+    rule, expected = RULES[name]
+
+    def function(q: Tensor, ids: Tensor) -> Tensor:
+        def mapped(b: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return rule(ids, b, i, j)
+
+        for letter in reversed(outside):
+            mapped = torch.vmap(mapped, tuple(0 if letter == x else None for x in "bij"))
+        visible = mapped(torch.arange(2), torch.arange(5), torch.arange(5))
+        visible = visible.permute(*(outside.index(x) for x in "bij"))[:, None]
         return F.scaled_dot_product_attention(q, q, q, attn_mask=visible)
 
-    (gm,) = capture(function, torch.randn(1, 1, 5, 8), fullgraph=True).graphs
+    ids = torch.tensor([[0, 1, 1, 2, 0], [1, 1, 0, 2, 2]])
+    with TransformGetItemToIndex():
+        (gm,) = capture(function, torch.randn(2, 1, 5, 8), ids, fullgraph=True).graphs
     (attention,) = [node for node in gm.graph.nodes if "attn_mask" in node.kwargs]
-    assert not prove(attention.kwargs["attn_mask"], q_len=5, kv_len=5).known
+    fact = prove(attention.kwargs["attn_mask"], q_len=5, kv_len=5, batch=2)
+    assert str(fact) == expected or (not expected and not fact.known), fact
+    if fact.known:
+        values = Values(gm.graph)
+        values.run(*(torch.randn(2, 1, 5, 8) if "q" in n.name else ids for n in gm.graph.find_nodes(op="placeholder")))
+        actual = values.by_name[attention.kwargs["attn_mask"].name]
+        assert torch.equal(described(fact, values.by_name, {}, 5, 5).expand_as(actual), actual)
