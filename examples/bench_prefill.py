@@ -2,6 +2,7 @@
 
     python examples/bench_prefill.py                      # one H100 or better: 128 K tokens, bfloat16
     python examples/bench_prefill.py --tokens 16384       # smaller
+    python examples/bench_prefill.py --model mistral      # Mistral-7B's shape, sliding window of 4096 tokens
     python examples/bench_prefill.py --json out.json
 
 Weights are random; structure is planted in the attention (see ``planted.py``), since without any there is nothing for a
@@ -37,16 +38,30 @@ SHAPE = {
 }
 
 
-def build(layers: int, planted: bool) -> torch.nn.Module:
-    """The decoder of ``Qwen2_5_VLForConditionalGeneration``, with random weights, in bfloat16 on the GPU."""
-    from transformers import Qwen2_5_VLTextModel
+MISTRAL_SHAPE = SHAPE | {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "sliding_window": 4096,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+}
+
+
+def build(layers: int, planted: bool, name: str = "qwen") -> torch.nn.Module:
+    """The decoder of ``Qwen2_5_VLForConditionalGeneration`` or Mistral, random weights, in bfloat16 on the GPU."""
+    import transformers
     from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig
 
     torch.manual_seed(0)
     with torch.device("cuda"):
         torch.set_default_dtype(torch.bfloat16)
-        model = Qwen2_5_VLTextModel(Qwen2_5_VLTextConfig(**SHAPE, num_hidden_layers=layers)).eval()
+        if name == "mistral":
+            model = transformers.MistralModel(transformers.MistralConfig(**MISTRAL_SHAPE, num_hidden_layers=layers))
+        else:
+            model = transformers.Qwen2_5_VLTextModel(Qwen2_5_VLTextConfig(**SHAPE, num_hidden_layers=layers))
         torch.set_default_dtype(torch.float32)
+    model.eval()
     if planted:
         plant(model)
     return model
@@ -69,20 +84,20 @@ def measure(run: Callable[[], torch.Tensor], repeats: int) -> tuple[dict[str, fl
     return {"seconds": statistics.median(times), "gib": torch.cuda.max_memory_allocated() / 2**30}, out
 
 
-def variants(layers: int, planted: bool, wanted: list[str]) -> dict[str, Callable[[], Any]]:
+def variants(layers: int, planted: bool, wanted: list[str], name: str) -> dict[str, Callable[[], Any]]:
     """Name → a function that makes a fresh model ready to run."""
     import mmi_compile
 
     def eager() -> Any:
-        return build(layers, planted)
+        return build(layers, planted, name)
 
     def inductor() -> Any:
-        model = build(layers, planted)
+        model = build(layers, planted, name)
         model.compile()
         return model
 
     def ours(policy: str) -> Callable[[], Any]:
-        return lambda: mmi_compile.compile(build(layers, planted), policy=policy)
+        return lambda: mmi_compile.compile(build(layers, planted, name), policy=policy)
 
     table = {
         "eager, cuDNN": eager,
@@ -101,19 +116,22 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--only", nargs="*", default=[], help="variants whose name contains one of these words")
     parser.add_argument("--random", action="store_true", help="plant nothing: no head has a pattern to find")
+    parser.add_argument("--model", default="qwen", choices=["qwen", "mistral"], help="whose shape; mistral: --random")
     parser.add_argument("--json", help="write the figures to this file")
     parser.add_argument("--report", action="store_true", help="print the report of each compiled variant")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("bench_prefill needs a CUDA GPU with 40 GiB or more; examples/quickstart.py runs on a CPU")
 
+    args.random = args.random or args.model == "mistral"
+    hidden = (MISTRAL_SHAPE if args.model == "mistral" else SHAPE)["hidden_size"]
     torch.manual_seed(1)
-    embeddings = torch.randn(1, args.tokens, SHAPE["hidden_size"], device="cuda", dtype=torch.bfloat16)
+    embeddings = torch.randn(1, args.tokens, hidden, device="cuda", dtype=torch.bfloat16)
     if not args.random:
         embeddings = mark(embeddings)
     rows: dict[str, dict[str, float]] = {}
     reference: torch.Tensor | None = None
-    for name, make in variants(args.layers, not args.random, args.only).items():
+    for name, make in variants(args.layers, not args.random, args.only, args.model).items():
         torch.compiler.reset()
         model = make()
         cudnn = sdpa_kernel(SDPBackend.CUDNN_ATTENTION) if name.startswith("eager") else nullcontext()

@@ -126,14 +126,15 @@ def grouped_attention(
         q_offset=q_offset, kv_start=start, kv_stop=stop, key_padding=holes,
     )  # fmt: skip
     new_output = partial(empty_output, q, v, layout)
-    if bool(together):
-        geometry = dataclasses.replace(geometry, row_start=bounds[0], row_stop=bounds[1])
-        out, run = dispatch.attention(
-            q, k, v, geometry, scale, new_output, policy="exact", recall=1.0, max_density=1.0, min_tokens=0
-        )
-    else:
-        run = runtime.AttentionRun(geometry.q_len, geometry.kv_len, "dense (tokens of a group lie apart)")
-        out = scattered_attention(q, k, v, geometry, scale, parse_clauses(clauses), ids)
+    with torch._C._DisableAutocast():  # as in mmi::attention
+        if bool(together):
+            geometry = dataclasses.replace(geometry, row_start=bounds[0], row_stop=bounds[1])
+            out, run = dispatch.attention(
+                q, k, v, geometry, scale, new_output, policy="exact", recall=1.0, max_density=1.0, min_tokens=0
+            )
+        else:
+            run = runtime.AttentionRun(geometry.q_len, geometry.kv_len, "dense (tokens of a group lie apart)")
+            out = scattered_attention(q, k, v, geometry, scale, parse_clauses(clauses), ids)
     runtime.record_attention(key, run)
     return in_promised_layout(out, q, v, layout)
 

@@ -108,14 +108,16 @@ def attention(
     if modality is not None:
         prompt = runtime.prompt_here(key.rpartition("/")[0], *modality.shape)
         modality = modality[:, :kv_len]
-    found = _observed(key, layer, q, k, v, geometry, scale, modality, prompt)
-    if found is None:
-        configured = _configured(heads, dense_tail, modality, segments, geometry, prompt) if heads else None
-        found = dispatch.attention(
-            q, k, v, geometry, scale, partial(empty_output, q, v, layout), policy=policy, recall=recall,
-            max_density=max_density, min_tokens=min_tokens, dense_tail=dense_tail, configured=configured,
-            guard=Guard(runtime.is_due(key, verify), min_recall, guard_rows),
-        )  # fmt: skip
+    # The graph has cast q, k and v where autocast asks for it; probe, plan and kernels choose their own dtypes.
+    with torch._C._DisableAutocast():
+        found = _observed(key, layer, q, k, v, geometry, scale, modality, prompt)
+        if found is None:
+            configured = _configured(heads, dense_tail, modality, segments, geometry, prompt) if heads else None
+            found = dispatch.attention(
+                q, k, v, geometry, scale, partial(empty_output, q, v, layout), policy=policy, recall=recall,
+                max_density=max_density, min_tokens=min_tokens, dense_tail=dense_tail, configured=configured,
+                guard=Guard(runtime.is_due(key, verify), min_recall, guard_rows),
+            )  # fmt: skip
     out, run = found
     runtime.record_attention(key, run)
     return in_promised_layout(out, q, v, layout)

@@ -12,9 +12,10 @@ import torch
 from torch import fx
 from torch._dynamo.exc import RestartAnalysis, SkipFrame
 
+from mmi_compile._suggest import did_you_mean
 from mmi_compile.decision import MMIError, Reason
-from mmi_compile.options import Options
-from mmi_compile.report import GraphReport, Report, remember
+from mmi_compile.options import OptionError, Options
+from mmi_compile.report import GraphReport, Report, SiteReport, remember
 from mmi_compile.telemetry import announce
 
 CompiledFn = Callable[..., Any]
@@ -32,15 +33,30 @@ def mminference(
     Args:
         gm, example_inputs: what Dynamo captured.
         options: see :class:`mmi_compile.options.Options`; unknown keys are refused.
-        mode: as for Inductor, passed on to it.
+        mode: as for Inductor, passed on to it. CUDA graphs that it asks for are kept for decoding: a graph in which a
+            prefill was rewritten runs without them, and its report says so.
 
     Raises:
-        OptionError: an option or an ``MMI_…`` variable is wrong.
+        OptionError: an option or an ``MMI_…`` variable is wrong, or Inductor has no such mode.
         MMIError: under ``strict=True``, where a pass failed or a causal attention could not be rewritten as asked; or
             the folder of ``dump`` cannot be written.
     """
     chosen = options if isinstance(options, Options) else Options.from_mapping(options)
+    check_mode(mode, chosen)
     return compile_graph(gm, example_inputs, chosen, mode, _tell)
+
+
+def check_mode(mode: str | None, options: Options) -> None:
+    """Raise OptionError for a mode that Inductor does not have, or that nobody would read."""
+    if mode is None:
+        return
+    if options.inner != "inductor":
+        raise OptionError(f'mode={mode!r} is read by inner="inductor" alone, and inner is {options.inner!r}; drop one')
+    from torch._inductor import list_mode_options
+
+    modes = list_mode_options()
+    if mode not in modes:
+        raise OptionError(f'unknown mode "{mode}"{did_you_mean(mode, modes)}')
 
 
 def compile_graph(
@@ -58,7 +74,7 @@ def compile_graph(
     try:
         if options.strict:
             _raise_if_left(report)
-        return _inner(rewritten, example_inputs, options, mode)
+        return _inner(rewritten, example_inputs, options, mode, report)
     except (RestartAnalysis, SkipFrame):
         counts = False  # Dynamo's control flow, no failure of ours: it will trace and compile this frame again
         raise
@@ -67,7 +83,7 @@ def compile_graph(
             raise
         # Dynamo's graph without our changes may still compile; if it does not, the user sees the original error.
         report.fail("inner backend", error)
-        return _inner(gm, example_inputs, options, mode)
+        return _inner(gm, example_inputs, options, mode, report)
     finally:
         report.seconds["inner backend"] = time.perf_counter() - started
         if counts:
@@ -162,7 +178,9 @@ def _raise_if_left(report: GraphReport) -> None:
             raise MMIError(f"strict: attention {site.where or site.source}: {decision}; {decision.reason.mend}")
 
 
-def _inner(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, mode: str | None) -> CompiledFn:
+def _inner(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, mode: str | None, report: GraphReport
+) -> CompiledFn:
     compiled: Any
     if callable(options.inner):
         compiled = options.inner(gm, example_inputs)
@@ -177,8 +195,33 @@ def _inner(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, 
         from torch._inductor.compile_fx import compile_fx
 
         patches = {**(list_mode_options(mode) if mode else {}), **(options.inductor or {})}
+        _keep_cuda_graphs_for_decoding(patches, report)
         compiled = compile_fx(gm, example_inputs, config_patches=patches or None)
     return cast("CompiledFn", compiled)
+
+
+def _keep_cuda_graphs_for_decoding(patches: dict[str, Any], report: GraphReport) -> None:
+    """Compile a rewritten prefill without CUDA graphs, if any are asked for.
+
+    Its operators choose kernels on the host, so Inductor would split the graph at each of them (they are tagged
+    ``cudagraph_unsafe``) and record every piece again for every length of a prompt.
+    """
+    from torch._inductor import config
+
+    name = "triton.cudagraphs"
+    if patches.get(name, config.triton.cudagraphs) and any(_is_rewritten(site) for site in report.sites):
+        patches[name] = False
+        report.notes.append(NO_CUDA_GRAPHS)
+
+
+NO_CUDA_GRAPHS = (
+    "CUDA graphs, which the mode or the options ask for, are not used for this prefill: its operators run host code"
+    " between kernels, and every length of prompt would be recorded anew; decode steps have them"
+)
+
+
+def _is_rewritten(site: SiteReport) -> bool:
+    return site.decision is not None and site.decision.rewritten
 
 
 def last_report() -> Report | None:

@@ -25,6 +25,10 @@ class Reason(Enum):
         "something changes one of its operands in place while it is computed",
         "write the changed values to a new tensor, such as masked_fill instead of masked_fill_",
     )
+    MASK_IS_INPUT = (
+        "its mask is an input of the graph, made where this graph does not see it",
+        "compile mask and attention in one graph (mmi_compile.compile does so), or pass is_causal=True",
+    )
     UNKNOWN_OFFSET = (
         "the position of its first query row could not be proved",
         "use a DynamicCache, or prefill a StaticCache from its start",

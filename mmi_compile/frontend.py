@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from mmi_compile import record
-from mmi_compile.backend import compile_graph, mminference
+from mmi_compile.backend import check_mode, compile_graph, mminference
 from mmi_compile.language_model import find_language_model, takes_feature_mask, with_masks
 from mmi_compile.options import Options
 from mmi_compile.prompt_hook import PromptHook
@@ -35,25 +35,28 @@ def compile(
 
     Args:
         model: a Hugging Face vision-language or text model, or any module with attention.
-        dynamic, fullgraph, mode: as for ``torch.compile``.
+        dynamic, fullgraph: as for ``torch.compile``.
+        mode: as for ``torch.compile`` with Inductor; see :func:`mmi_compile.backend.mminference`.
         **options: see :class:`mmi_compile.Options`.
 
     Returns:
         ``model`` itself.
 
     Raises:
-        OptionError: an unknown option or a wrong value.
+        OptionError: an unknown option or mode, or a wrong value.
 
     Under ``strict=True`` the model's forward raises MMIError where grids or modality ids do not fit their prompt.
     """
-    backend = functools.partial(mminference, options=Options.from_mapping(options), mode=mode)
+    chosen = Options.from_mapping(options)
+    check_mode(mode, chosen)
+    backend = functools.partial(mminference, options=chosen, mode=mode)
     language_model = with_masks(model, find_language_model(model))
     language_model.compile(backend=backend, dynamic=dynamic, fullgraph=fullgraph)
     if takes_feature_mask(language_model):
         language_model._compiled_call_impl = _capturing_selection(language_model._compiled_call_impl)
     language_model._compiled_call_impl = counting_on_the_host(language_model._compiled_call_impl)
     keep_masks_readable(model)
-    PromptHook.install(model, strict=backend.keywords["options"].strict)
+    PromptHook.install(model, strict=chosen.strict)
     return model
 
 

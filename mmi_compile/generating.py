@@ -49,13 +49,13 @@ def _running(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         _state.calls.pop()
 
 
-def grids(model: nn.Module, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """What the running ``generate`` of this model was told of grids, if this forward has its whole prompt and was told
-    of none itself. Beams and chunks have other shapes."""
+def grids(model: nn.Module, kwargs: Mapping[str, Any], shape: tuple[int, int]) -> dict[str, Any]:
+    """What the running ``generate`` of this model was told of grids, if a forward has read its whole prompt, ``shape``
+    of it, and was told of none itself. Beams have other shapes, and so has every part of a prompt but the last."""
     if not _state.calls or _state.calls[-1][0] is not model or any(name in kwargs for _, name in GRIDS):
         return {}
     told = _state.calls[-1][1]
-    if getattr(told.get("input_ids"), "shape", None) != getattr(kwargs.get("input_ids"), "shape", ()):
+    if getattr(told.get("input_ids"), "shape", None) != shape:
         return {}
     kept = ("{}_grid_thw", "{}_merge_sizes", "{}_compression_mask")
     names = [name.format(kind) for kind, _ in GRIDS for name in kept]

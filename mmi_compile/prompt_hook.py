@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmi_compile import generating, record
+from mmi_compile import cached_prompt, generating, record
 from mmi_compile.decision import MMIError
 from mmi_compile.generating import GRIDS
 from mmi_compile.record import ANY_VISION, LABELS, Record
 from mmi_compile.visual_segments import GridMismatch, Grids, VisualSegment, find_segments, to_host
 
 _HOOK = "_mmi_prompt_hook"
+_FROM_IDS = "input_ids and config"
 _ID_ATTRIBUTES = ("{}_token_id", "{}_token_index")
 
 
@@ -23,7 +24,8 @@ class PromptHook:
     """A forward pre-hook that records the prompt's modality ids, and a forward hook that ends the record.
 
     It runs eagerly, outside every compiled graph, and survives ``generate``. For a prompt of more than one token whose
-    modality types or grids lie on a device, it waits for that device once; otherwise it never does.
+    modality types or grids lie on a device, it waits for that device once, and once more for a static cache to say how
+    many tokens it holds; otherwise it never does.
 
     Args:
         model: the model that is called with the processor's output.
@@ -49,39 +51,71 @@ class PromptHook:
         object.__setattr__(model, _HOOK, (hook, *handles))
         generating.keep_grids(model)
 
-    @torch.compiler.disable
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found = self.read(args, {**generating.grids(module, kwargs), **kwargs})
+        # An exported program is the model as it was written: there is no rewritten attention that would read a record.
+        if not torch.compiler.is_exporting():
+            self._before(module, args, kwargs)
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if not torch.compiler.is_exporting():
+            self._after(args, kwargs, output)
+
+    @torch.compiler.disable
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found = self.read(args, kwargs, module)
         found.owner = self
         record.push_hooked(found)
 
     @torch.compiler.disable
-    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        record.pop_hooked(self)
+    def _after(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        found = record.pop_hooked(self)
+        shape = _prompt_shape(_input_ids(args, kwargs), kwargs)
+        if shape is None or output is None:  # the forward failed: how much of it is in the cache, the cache will tell
+            return
+        cache = getattr(output, "past_key_values", None)
+        cached_prompt.remember(kwargs.get("past_key_values") if cache is None else cache, found, shape[1])
 
-    def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Record:
+    def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], module: nn.Module | None = None) -> Record:
         """The record of one call: from the processor's modality ids, else from the config's token ids, else from
         ``token_type_ids``, which are modalities in some families and halves of the prompt in others, else from the
         positions of features (``visual_pos_masks``).
 
+        Where the call goes on with a cache, the record is that of all tokens so far (see
+        :mod:`mmi_compile.cached_prompt`). A call with one token is a decode step, whose attention asks for none.
+
+        Args:
+            module: the model whose ``generate`` may know the grids of the whole prompt.
+
         Raises:
             MMIError: under ``strict``, where metadata or ids given by hand do not fit the prompt.
         """
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point():
-            ids = None
+        ids = _input_ids(args, kwargs)
         shape = _prompt_shape(ids, kwargs)
         if shape is None:
             return Record("the prompt has no input_ids")
-        if self.strict and shape[1] > 1:
+        if shape[1] == 1:
+            return Record("a decode step")
+        if self.strict:
             _check_given(*shape)
         found, problem = self._modality(ids, shape, kwargs)
         if problem:
             if self.strict:
                 raise MMIError(problem)
             found.source += f"; {problem}"
-        if found.ids is not None and shape[1] > 1:
+        if found.ids is None:
+            return found
+        before = cached_prompt.tokens_before(kwargs)
+        whole = (shape[0], shape[1] + (before or 0))
+        told = {} if module is None else generating.grids(module, kwargs, whole)
+        if not before:
+            self._add_segments(found, {**told, **kwargs})
+        elif self._config.video is not None and found.source.startswith(_FROM_IDS):
+            return Record(f"{found.source}; not used: a video that began in an earlier part looks like images")
+        else:
             self._add_segments(found, kwargs)
+            cached_prompt.continued(found, before, kwargs["past_key_values"])
+            if told and found.ids is not None:  # the last part of a prompt whose grids generate was told
+                self._add_segments(found, told)
         return found
 
     def _modality(self, ids: Tensor | None, shape: tuple[int, int], kwargs: Mapping[str, Any]) -> tuple[Record, str]:
@@ -158,6 +192,11 @@ class PromptHook:
         return prompt, described
 
 
+def _input_ids(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    return ids if isinstance(ids, Tensor) and ids.dim() == 2 and not ids.is_floating_point() else None
+
+
 def _prompt_shape(ids: Tensor | None, kwargs: Mapping[str, Any]) -> tuple[int, int] | None:
     if ids is not None:
         return ids.shape[0], ids.shape[1]
@@ -227,7 +266,7 @@ class ConfigFacts:
         merged = torch.zeros(ids.shape, dtype=torch.int8, device=ids.device)
         for label, token in self.ids.items():
             merged = merged.masked_fill(ids == token, LABELS.index(label))
-        source = "input_ids and config"
+        source = _FROM_IDS
         if self.video is not None:
             opened, closed = ((ids == token).cumsum(1) for token in self.video)
             merged = torch.where((merged == LABELS.index("image")) & (opened > closed), LABELS.index("video"), merged)

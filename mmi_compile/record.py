@@ -122,11 +122,12 @@ def push_hooked(record: Record) -> None:
     _state.hooked.append(record)
 
 
-def pop_hooked(owner: object) -> None:
-    """End the innermost record if it is ``owner``'s: one whose hook never got to run is not there to be ended."""
-    if _state.hooked and _state.hooked[-1].owner is owner:
-        _state.hooked.pop()
+def pop_hooked(owner: object) -> Record | None:
+    """End the innermost record if it is ``owner``'s, and return it: one whose hook never got to run is not there to be
+    ended."""
+    ended = _state.hooked.pop() if _state.hooked and _state.hooked[-1].owner is owner else None
     _forget_tagged()
+    return ended
 
 
 def _forget_tagged() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 from collections import Counter, deque
@@ -87,9 +88,41 @@ class SitePlace:
     mask: str | None
 
 
+_RESUMED = re.compile(r"^torch_dynamo_resume_in_(.+)_at_\d+$")
+"""What Dynamo calls the rest of a function after a break."""
+
+
+@dataclass(frozen=True)
+class GraphBreak:
+    """Why Dynamo ended a graph before its frame did.
+
+    Attributes:
+        place: the two innermost source lines, outermost first; empty where Dynamo names none.
+        reason: Dynamo's, in one line.
+    """
+
+    place: str
+    reason: str
+
+    @classmethod
+    def after(cls, gm: fx.GraphModule) -> GraphBreak | None:
+        """The break that ends a captured graph; None where its frame returns there."""
+        why = getattr(gm, "compile_subgraph_reason", None)
+        if why is None or not why.graph_break:
+            return None
+        frames = [
+            (Path(frame.filename).name, frame.lineno, _RESUMED.sub(r"\1", frame.name)) for frame in why.user_stack[-2:]
+        ]
+        place = " → ".join(f"{file}:{line} in {function}" for file, line, function in frames)
+        return cls(place, str(why.reason).strip().partition("\n")[0])
+
+
 @dataclass
 class GraphReport:
-    """One graph: its attentions, its modality source, its code before and after, and where the time went."""
+    """One graph: its attentions, its modality source, its code before and after, and where the time went.
+
+    ``notes`` are what its reader should know of how it was compiled, in words.
+    """
 
     key: str
     options: Options
@@ -103,6 +136,7 @@ class GraphReport:
     nodes_after: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     failure: str = ""
+    notes: list[str] = field(default_factory=list)
     current_pass: str = ""
     passes_not_run: list[str] = field(default_factory=list)
     trace: list[Snapshot] = field(default_factory=list)
@@ -161,6 +195,11 @@ class GraphReport:
         left = Decision.left(Reason.PASS_FAILED, self.failure)
         self.sites = [SiteReport(**{**vars(site), "decision": left}) for site in self.sites]
 
+    @property
+    def ends_in(self) -> GraphBreak | None:
+        """The graph break that ends it, if one does."""
+        return GraphBreak.after(self.original)
+
     def code(self, *, before: bool = False) -> str:
         """The graph that was compiled (or, with ``before``, the one Dynamo captured) as Python code."""
         return readable(self.original if before or self.rewritten is None else self.rewritten)
@@ -195,6 +234,7 @@ class GraphReport:
             "attentions": [site.to_json() for site in self.sites],
             "seconds": {name: round(value, 6) for name, value in self.seconds.items()},
             "failure": self.failure,
+            "notes": list(self.notes),
         }  # fmt: skip
 
 
@@ -249,6 +289,12 @@ class Report:
         """Passes that the options left out, in order."""
         return list(dict.fromkeys(name for graph in self.graphs for name in graph.passes_not_run))
 
+    @property
+    def breaks(self) -> list[tuple[GraphBreak, int]]:
+        """The graph breaks, and how many graphs end in each; the most frequent first. A break before which nothing was
+        captured ends no graph, and is not among them."""
+        return Counter(found for graph in self.graphs if (found := graph.ends_in) is not None).most_common()
+
     def runs(self) -> list[tuple[SiteReport, dict[str, Any]]]:
         """Each rewritten attention that has run, and its last run as in the JSON report."""
         found = [(site, run_to_json(site.key)) for site in self.rewritten]
@@ -280,6 +326,7 @@ class Report:
             "options": options_to_json(self.graphs[0].options) if self.graphs else {},
             "versions": versions(),
             "stages": [stage.to_json() for stage in self.stages],
+            "breaks": [{"place": found.place, "reason": found.reason, "graphs": n} for found, n in self.breaks],
             "graphs": [graph.to_json() for graph in self.graphs],
         }
 

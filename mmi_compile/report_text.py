@@ -15,6 +15,7 @@ from mmi_compile.report_time import predicted
 WIDTH = 110
 _RUNS_SHOWN = 10
 _GRIDS_SHOWN = 6
+_BREAKS_SHOWN = 8
 
 
 def render(report: Report) -> str:
@@ -29,6 +30,7 @@ def render(report: Report) -> str:
     for graph in report.graphs:
         if graph.sites or graph.failure:
             lines += ["", *_graph(graph)]
+    lines += _breaks(report)
     tags = [name for graph in report.graphs for name in graph.tagged]
     if tags:
         lines += ["", f"modality masks recorded by graphs without attention: {', '.join(sorted(set(tags)))}"]
@@ -38,12 +40,26 @@ def render(report: Report) -> str:
     return "\n".join(lines)
 
 
+def _breaks(report: Report) -> list[str]:
+    """How many graph breaks there were, and where."""
+    found = report.breaks
+    if not found:
+        return []
+    count = sum(graphs for _, graphs in found)
+    lines = ["", f"{count} graph break{'s' if count != 1 else ''}"]
+    for broken, graphs in found[:_BREAKS_SHOWN]:
+        lines += _wrap(f"×{graphs}" if graphs > 1 else "", f"{broken.place or 'unknown place'}: {broken.reason}")
+    left = sum(graphs for _, graphs in found[_BREAKS_SHOWN:])
+    return lines + (_wrap("", f"… {left} more") if left else [])
+
+
 def _graph(graph: GraphReport) -> list[str]:
     rewritten = any(_done(site) for site in graph.sites)
     change = f"→ {graph.nodes_after} nodes" if rewritten else "nodes, untouched"
     lines = [f"graph {graph.key} · {graph.nodes_before} {change}"]
     if graph.failure:
         lines += _wrap("failed", graph.failure)
+    lines += [line for note in graph.notes for line in _wrap("note", note)]
     if rewritten:
         lines += _prompt(graph)
     for _, group in groupby(graph.sites, key=lambda site: (site.key if _done(site) else "", site.where, site.layer)):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 from torch import fx
 
 from mmi_compile.decision import Decision, Reason
@@ -23,6 +24,8 @@ class AttentionSite:
     ``q`` is ``[B, HQ, q_len, D]``, ``k`` and ``v`` ``[B, HKV, kv_len, D]`` after ``repeat_kv`` has been folded.
     ``node`` is the node whose value is the attention's output ``[B, HQ, q_len, D]``.
 
+    ``autocast`` is the dtype to which autocast makes the products cast q, k and v, where the graph does not show it.
+
     ``layer`` is a label for reports; ``index`` is the number of the decoder layer where the graph tells without doubt.
     ``policy`` is what runs: that of the options, or ``exact`` with the ``fallback`` that says why. ``heads`` are those
     of a head config.
@@ -37,6 +40,7 @@ class AttentionSite:
     is_causal: bool = False
     scale: Any = None
     dropout_p: Any = 0.0
+    autocast: torch.dtype | None = None
     where: str = ""
     layer: int | None = None
     source: str = ""

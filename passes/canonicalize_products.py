@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from mmi_compile.passes.dataflow import mutates
-from mmi_compile.passes.nodes import argument, insert_call, is_call, tensor_of
+from mmi_compile.passes.nodes import argument, insert_call, is_autocast, is_call, tensor_of
 
 _SOFTMAX = (torch.nn.functional.softmax, torch.softmax)
 _ZEROS = (torch.zeros, torch.zeros_like)
@@ -97,13 +97,21 @@ def _baddbmm(node: fx.Node) -> fx.Node | None:
         return None
     if not all(isinstance(x, fx.Node) for x in given.values()):
         return None
+    plain = beta == 0 or _is_zero(given["input"])
+    if not plain and _dtype(given["input"]) is not _dtype(node):  # autocast casts what is added, and a sum would not
+        return None
     product = insert_call(node, torch.bmm, given["batch1"], given["batch2"])
     if alpha != 1:
         product = insert_call(node, torch.mul, product, alpha)
-    if beta == 0 or _is_zero(given["input"]):
+    if plain:
         return product
     bias = given["input"] if beta == 1 else insert_call(node, torch.mul, given["input"], beta)
     return insert_call(node, torch.add, product, bias)
+
+
+def _dtype(node: Any) -> torch.dtype | None:
+    tensor = tensor_of(node)
+    return None if tensor is None else tensor.dtype
 
 
 def _is_zero(node: Any) -> bool:
@@ -240,6 +248,9 @@ def spell_out_encoder_layer(node: fx.Node, attention: Any) -> bool:
     if tensor is None or tensor.dim() != 3 or not isinstance(heads, int) or not isinstance(width, int):
         return False
     if given["mask"] is not None and given["mask_type"] not in (1, 2):
+        return False
+    # Under autocast the fused layer works in the lower precision throughout, and its parts would not.
+    if is_autocast(node, tensor.device):
         return False
 
     def norm(x: fx.Node, part: int) -> fx.Node:

@@ -12,7 +12,7 @@ from torch.utils._triton import has_triton
 
 from mmi_compile.decision import Reason
 from mmi_compile.passes.base import AttentionSite, PassContext
-from mmi_compile.passes.nodes import tensor_of, value_of
+from mmi_compile.passes.nodes import node_argument, same, tensor_of, value_of
 
 MAX_HEAD_DIM = 256
 _DTYPES = {
@@ -43,6 +43,9 @@ def _classify(site: AttentionSite, context: PassContext) -> None:
     if isinstance(q.shape[2], int) and q.shape[2] == 1:
         return site.leave(Reason.DECODE)
     if not fact.known:
+        given = _given_mask(site, q.shape[2], k.shape[2])
+        if given is not None:
+            return site.leave(Reason.MASK_IS_INPUT, given)
         return site.leave(Reason.UNKNOWN_MASK, fact.detail)
     if not fact.prefill:
         return site.leave(Reason.BIDIRECTIONAL, fact.expression)
@@ -57,6 +60,24 @@ def _classify(site: AttentionSite, context: PassContext) -> None:
     if context.needs_grad:
         return site.leave(Reason.GRAD_ENABLED)
     return _check_kernel(site, q)
+
+
+_SEEN_THROUGH = (
+    "getitem", "to", "type_as", "float", "half", "bfloat16", "bool", "expand", "expand_as", "unsqueeze", "view",
+    "reshape", "contiguous", "logical_not",
+)  # fmt: skip
+
+
+def _given_mask(site: AttentionSite, q_len: Any, kv_len: Any) -> str | None:
+    """Which input of the graph is the whole mask, ``[…, q_len, keys]``, in words; None where the graph makes it."""
+    node = site.mask
+    while node is not None and node.op in ("call_method", "call_function"):
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        node = node_argument(node, 0, "input") if name in _SEEN_THROUGH else None
+    mask = tensor_of(node)
+    if node is None or mask is None or node.op != "placeholder" or mask.dim() < 2 or not same(mask.shape[-2], q_len):
+        return None
+    return f"`{node.name}`, {list(mask.shape)} for {q_len} query rows and {kv_len} keys"
 
 
 def _fix_window(site: AttentionSite, window: sympy.Expr) -> bool:

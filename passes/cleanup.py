@@ -8,6 +8,7 @@ from torch import fx
 
 from mmi_compile.passes.base import PassContext
 from mmi_compile.passes.dataflow import erase_dead
+from mmi_compile.passes.flex import erase_dead_block_masks
 
 
 @dataclass(frozen=True)
@@ -21,5 +22,8 @@ class Cleanup:
 
     def run(self, gm: fx.GraphModule, context: PassContext) -> None:
         erase_dead(gm.graph, context.dead_candidates)
+        if any(site.form == "flex" and not site.open for site in context.sites):
+            erase_dead_block_masks(gm.graph)
+            erase_dead(gm.graph, context.dead_candidates)
         gm.graph.lint()
         gm.recompile()

@@ -14,6 +14,7 @@ from mmi_compile.passes.base import AttentionSite, PassContext
 from mmi_compile.passes.canonicalize import SDPA, sdpa_arguments
 from mmi_compile.passes.canonicalize_products import ENCODER_LAYER, MULTIHEAD, multihead_arguments
 from mmi_compile.passes.dataflow import may_alias, mutated_between, mutates
+from mmi_compile.passes.flex import site_of_flex
 from mmi_compile.passes.location import layer_of, module_of, source_of
 from mmi_compile.passes.mask_aliasing import changed
 from mmi_compile.passes.nodes import (
@@ -36,6 +37,8 @@ _MULTIPLY = (operator.mul, operator.imul, torch.mul)
 _DIVIDE = (operator.truediv, operator.itruediv, torch.div, torch.true_divide)
 _CASTS = ("to", "float", "half", "bfloat16", "double", "type_as")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_AUTOCASTS = (torch.float16, torch.bfloat16)
+_AUTOCAST = (torch.float16, torch.bfloat16, torch.float32)
 _DROPOUT = (torch.nn.functional.dropout, torch.dropout)
 
 
@@ -50,6 +53,8 @@ class FindAttention:
         → one site with q, k, v, mask, scale
         k = kv[:, :, None].expand(B, HKV, n, S, D).reshape(B, HKV * n, S, D)
         → the site's k is kv: the kernel shares it between n query heads
+        with torch.autocast(device, torch.bfloat16): scaled_dot_product_attention(q, k, v), with q and k in float32
+        → the site's q is to(q, bfloat16), its k to(k, bfloat16)
     """
 
     name: str = "find_attention"
@@ -57,13 +62,14 @@ class FindAttention:
     def run(self, gm: fx.GraphModule, context: PassContext) -> None:
         known = set(gm.graph.nodes)
         for node in list(gm.graph.nodes):
-            site = _from_sdpa(node) or _from_softmax(node) or _from_closed(node)
+            site = _from_sdpa(node) or _from_softmax(node) or site_of_flex(node) or _from_closed(node)
             if site is None:
                 continue
             _describe(site, context)
             _check_shapes(site)
             if site.open:
                 _fold_repeated_heads(site)
+                _write_out_casts(site)
             site.shapes = describe_shapes(site)
             context.sites.append(site)
         # What was inserted to read a mask goes again unless the rewritten attention reads it too.
@@ -82,6 +88,7 @@ def _from_sdpa(node: fx.Node) -> AttentionSite | None:
         node=node, q=q, k=k, v=v, form="sdpa", mask=mask if isinstance(mask, fx.Node) else None,
         is_causal=causal is True, scale=given["scale"], dropout_p=given["dropout_p"],
     )  # fmt: skip
+    site.autocast = _autocast_of(node)
     if not (mask is None or isinstance(mask, fx.Node)):
         site.leave(Reason.UNKNOWN_MASK, f"attn_mask is {mask!r}")
     if not isinstance(causal, bool):
@@ -98,9 +105,6 @@ def _from_closed(node: fx.Node) -> AttentionSite | None:
     elif is_call(node, (ENCODER_LAYER,)):
         inputs = [argument(node, 0, "src")] * 3
         reason, detail = Reason.SHAPE, "PyTorch's fused nn.TransformerEncoderLayer"
-    elif is_call(node, (torch.ops.higher_order.flex_attention,)):
-        inputs = list(node.args[:3])
-        reason, detail = Reason.UNKNOWN_MASK, "flex_attention, whose block mask is data of the graph"
     else:
         return None
     if not all(isinstance(x, fx.Node) for x in inputs):
@@ -164,6 +168,7 @@ def _from_softmax(node: fx.Node) -> AttentionSite | None:
         dropout_p=weights.dropout_p,
     )  # fmt: skip
     path = [*scores.path, *weights.path]
+    site.autocast = _autocast_of(scores.path[0], weights.output)
     _split_heads(site, path)
     if weights.used:
         site.leave(Reason.WEIGHTS_USED, weights.used)
@@ -475,6 +480,28 @@ def _check_shapes(site: AttentionSite) -> None:
 
 def _divides(small: Any, large: Any) -> bool:
     return isinstance(small, int) and isinstance(large, int) and small > 0 and large % small == 0
+
+
+def _autocast_of(*products: fx.Node) -> torch.dtype | None:
+    """The dtype of the products' results, if autocast may have made it."""
+    found = {None if (tensor := tensor_of(product)) is None else tensor.dtype for product in products}
+    return next((dtype for dtype in _AUTOCASTS if found == {dtype}), None)
+
+
+def _write_out_casts(site: AttentionSite) -> None:
+    """Give the site the operands that the products see under autocast.
+
+    Without autocast a product has the dtype that all of its operands have. Where the result has another, autocast cast
+    the operands to it, as it does with all floating-point numbers but float64.
+    """
+    tensors = {name: tensor_of(getattr(site, name)) for name in ("q", "k", "v")}
+    dtypes = {name: tensor.dtype for name, tensor in tensors.items() if tensor is not None}
+    if site.autocast is None or len(dtypes) < 3 or not all(dtype in _AUTOCAST for dtype in dtypes.values()):
+        return
+    for name, dtype in dtypes.items():
+        if dtype is not site.autocast:
+            cast = insert_call(site.node, torch.ops.aten.to.dtype, getattr(site, name), site.autocast)
+            setattr(site, name, cast)
 
 
 def _fold_repeated_heads(site: AttentionSite) -> None:

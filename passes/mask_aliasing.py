@@ -59,6 +59,8 @@ def changed(node: fx.Node) -> Iterator[fx.Node]:
 
 def _changed_by_function(node: fx.Node) -> Iterator[fx.Node]:
     target: Any = node.target
+    if target is torch.ops.higher_order.flex_attention:
+        return  # runs functions of indices and scores, which have nothing to write to
     if isinstance(target, torch._ops.HigherOrderOperator):
         yield from node.all_input_nodes
     elif isinstance(target, torch._ops.OpOverload):

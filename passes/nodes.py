@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -92,12 +93,40 @@ def insert_call(before: fx.Node, target: Callable[..., Any], *args: Any, **kwarg
         node = graph.call_function(target, args, kwargs)
     fake_args, fake_kwargs = fx.node.map_arg((args, kwargs), lambda n: n.meta.get("example_value"))
     mode = _fake_mode(graph)
-    with mode if mode is not None else torch.no_grad(), torch.no_grad():
+    with mode if mode is not None else torch.no_grad(), torch.no_grad(), _autocast_at(before):
         node.meta["example_value"] = target(*fake_args, **fake_kwargs)
     for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):
         if key in before.meta:
             node.meta[key] = before.meta[key]
     return node
+
+
+@contextmanager
+def _autocast_at(node: fx.Node) -> Iterator[None]:
+    """The autocast regions of the graph that are open where ``node`` runs; those around the graph hold anyway."""
+    enter, leave = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
+    entries = node.graph.find_nodes(op="call_function", target=enter)
+    if not entries:
+        yield
+        return
+    open_regions: dict[fx.Node, tuple[Any, ...]] = {}
+    for other in node.graph.nodes:
+        if other is node:
+            break
+        if other.op == "call_function" and other.target is enter:
+            open_regions[other] = other.args
+        elif other.op == "call_function" and other.target is leave:
+            open_regions.pop(other.args[0], None)
+    with ExitStack() as regions:
+        for arguments in open_regions.values():
+            regions.callback(leave, enter(*arguments))
+        yield
+
+
+def is_autocast(node: fx.Node, device: torch.device) -> bool:
+    """Does ``node`` run under autocast for this kind of device?"""
+    with _autocast_at(node):
+        return torch.is_autocast_enabled(device.type)
 
 
 def _fake_mode(graph: fx.Graph) -> Any:

@@ -65,6 +65,9 @@ WHY: Mapping[Reason, str] = {
         Which layer of the head config an attention is follows from the paths of modules, or from the order where one
         graph holds all layers. Graph breaks between layers, or two decoders in one graph, leave a doubt; then all
         heads run dense.""",
+    Reason.MASK_IS_INPUT: """
+        Only a mask whose making a graph holds can be proved. Where the graph breaks before the attention (Qwen3-VL
+        under the bare backend breaks inside its loop over layers), the finished mask comes in as data.""",
     Reason.GROUPED_MASK: """
         Documents packed side by side, chunks and bidirectional image blocks are lowered to one interval of keys for
         each row and run exactly. Patterns and boundaries are made for masks that are causal; under any policy such an

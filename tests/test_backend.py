@@ -244,8 +244,8 @@ def test_strict_names_the_attention_the_reason_and_the_mend():
         call(compiled(biased, strict=True), heads(), torch.randn(17, 17))
     text = str(caught.value)
     assert "in biased" in text
-    assert Reason.UNKNOWN_MASK.message in text
-    assert Reason.UNKNOWN_MASK.mend in text
+    assert Reason.MASK_IS_INPUT.message in text
+    assert Reason.MASK_IS_INPUT.mend in text
 
 
 @pytest.mark.parametrize("n", [1, 17])

@@ -11,7 +11,7 @@ from tests.matrix import Cell, Setting
 
 pytestmark = pytest.mark.fresh_dynamo
 
-LEFT_ALONE = {"flex_causal", "flex_window", "flex_documents", "flex_score"}
+LEFT_ALONE = {"flex_documents"}
 """Models whose causal attention stays as it is, each with a reason in the report."""
 
 

@@ -354,7 +354,7 @@ def test_hook_without_usable_ids(kwargs):
 
 
 def test_hook_without_token_ids():
-    assert _hook(None).read((), {"input_ids": ids_of(1)}).source == "the config names no image or video token"
+    assert _hook(None).read((), {"input_ids": ids_of(1, 1)}).source == "the config names no image or video token"
 
 
 # --- whole models -------------------------------------------------------------------------------------------------

@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import mmi_compile
+from mmi_compile import cached_prompt
 from mmi_compile.decision import MMIError
 from mmi_compile.prompt_hook import PromptHook
+from mmi_compile.record import Record
 from mmi_compile.visual_segments import GridMismatch, Grids, VisualSegment, find_segments, to_host
 
 TEXT, IMAGE, VIDEO, OPEN, CLOSE = 3, 7, 9, 5, 6
@@ -169,9 +171,19 @@ def test_a_later_chunk_of_a_cached_prompt_is_no_disagreement():
         def get_seq_length(self) -> int:
             return 5
 
-    found = hook(strict=True).read((), video_inputs(frames=3, past_key_values=Cache()))
+    cache = Cache()
+    found = hook(strict=True).read((), video_inputs(frames=3, past_key_values=cache))
+    assert found.segments == ()
+    assert "the cache holds 5 tokens of which nothing is known" in found.source
+    cached_prompt.remember(cache, Record("a hook", ids=torch.zeros(1, 5, dtype=torch.int8)), 5)
+    found = hook(strict=True).read((), video_inputs(frames=3, past_key_values=cache))
+    assert found.ids is not None
+    assert found.ids.shape == (1, 5 + video_inputs()["input_ids"].shape[1])
     assert found.segments == ()
     assert "later part of a cached prompt" in found.grid_note
+    (segment,) = hook(strict=True).read((), video_inputs(past_key_values=cache)).segments
+    (alone,) = hook(strict=True).read((), video_inputs()).segments
+    assert (segment.start, segment.stop) == (alone.start + 5, alone.stop + 5)
 
 
 def test_a_decode_step_reads_no_grids():
@@ -201,7 +213,7 @@ def test_ids_by_hand_must_fit_under_strict():
         with pytest.raises(MMIError, match=r"shape \(1, 4\) is not \(1, 14\); give one id per token"):
             hook(strict=True).read((), video_inputs())
         assert hook().read((), video_inputs()).segments
-        assert hook(strict=True).read((), {"input_ids": prompt((TEXT, 1))}).ids is not None  # a decode step
+        assert hook(strict=True).read((), {"input_ids": prompt((TEXT, 1))}).source == "a decode step"
     with pytest.raises(MMIError, match="meta"), mmi_compile.modality(ids.to("meta")):
         pass
 
