@@ -1,8 +1,9 @@
-"""What sparse prefill costs a pretrained text model: SmolLM2-135M-Instruct on chapters of 8 K tokens, on a CPU.
+"""What sparse prefill costs a pretrained text model: SmolLM2-135M-Instruct on chapters of 8 K tokens.
 
     python examples/text_perplexity.py                             # minutes: dense, adaptive at three recalls
     python examples/text_perplexity.py --tokens 2048 --chapters 1  # a first look
     python examples/text_perplexity.py -p dense -p adaptive:0.9 --match a_shape --match vertical_slash
+    python examples/text_perplexity.py --device cuda               # seconds a policy, in bfloat16
 
 The text is the Python Language Reference, which the standard library carries as ``pydoc_data.topics``: the chapters
 that are long enough, each from its beginning (with Python 3.11: special method names, compound statements, and the
@@ -41,7 +42,7 @@ from rich.table import Table
 from torch import Tensor
 
 import mmi_compile
-from mmi_compile.kernels.dispatch import CPU_TILES
+from mmi_compile.kernels.dispatch import CPU_TILES, tiles_for
 from mmi_compile.kernels.geometry import Geometry
 from mmi_compile.kernels.planner import TileShape, build_plan
 
@@ -125,7 +126,7 @@ def measure(model: Any, policy: Policy, texts: Iterable[Tensor]) -> tuple[list[R
     with running(model, policy) as runner:
         for ids in texts:
             loss, best = read(runner.model, ids)
-            readings.append(Reading(loss, best, runner.density()))
+            readings.append(Reading(loss.cpu(), best.cpu(), runner.density()))
     return readings, (time.perf_counter() - start) / len(readings)
 
 
@@ -171,6 +172,7 @@ def main(
     match: Annotated[list[str] | None, typer.Option(help="a_shape, tri_shape or vertical_slash; repeatable.")] = None,
     tokens: Annotated[int, typer.Option(help="Tokens of each chapter; the model was trained on 8 K.", min=64)] = 8192,
     chapter_count: Annotated[int, typer.Option("--chapters", help="The longest chapters.", min=1)] = 3,
+    device: Annotated[str, typer.Option(help="cpu in float32, or cuda in bfloat16.")] = "cpu",
     threads: Annotated[int, typer.Option(help="Threads of PyTorch; 0 for its own number.", min=0)] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows there as well.")] = None,
 ) -> None:
@@ -181,14 +183,17 @@ def main(
         policies = [parse_policy(text) for text in policy or DEFAULT]
         tokenizer, model = load_text_model()
         texts = chapters(encoder(tokenizer), tokens, chapter_count)
+        title = f"Python {platform.python_version()} reference: {', '.join(texts)} (digest {digest(texts.values())})"
+        if device != "cpu":
+            model = model.to(device, torch.bfloat16)
+            texts = {name: ids.to(device) for name, ids in texts.items()}
         rows = run(model, policies, match or [], texts)
     except (MissingPackage, ValueError, mmi_compile.MMIError) as error:
         print(error, file=sys.stderr)
         raise typer.Exit(2) from None
-    what = f"Python {platform.python_version()} reference: {', '.join(texts)} (digest {digest(texts.values())})"
-    Console().print(table(rows, f"{tokens} tokens each of the {what}"))
+    Console().print(table(rows, f"{tokens} tokens each of the {title}"))
     if json_file is not None:
-        data = {"text": what, "tokens": tokens, "rows": [dataclasses.asdict(row) for row in rows]}
+        data = {"text": title, "tokens": tokens, "rows": [dataclasses.asdict(row) for row in rows]}
         json_file.write_text(json.dumps(data, indent=2) + "\n")
 
 
@@ -204,8 +209,9 @@ def run(model: Any, policies: Sequence[Policy], match: Sequence[str], texts: dic
         rows.append(compare(policy, readings, dense, seconds))
         print(f"{policy.text}: {seconds:.1f} s a chapter", file=sys.stderr)
         if policy.name == "adaptive":
-            tokens = next(iter(texts.values())).shape[1]
-            queue[:0] = [matching(name, rows[-1].density, tokens) for name in match]
+            ids = next(iter(texts.values()))
+            tiles = tiles_for(ids.device, model.dtype, model.config.head_dim)
+            queue[:0] = [matching(name, rows[-1].density, ids.shape[1], tiles) for name in match]
     return rows
 
 

@@ -50,8 +50,10 @@ __all__ = [
 PATTERN_NAMES = ("dense", "a_shape", "vertical_slash", "grid")
 """Names of the codes in ``HeadChoice.pattern``."""
 
-SLACK = 1.5
-"""What rows that took no part in the choice may lose, in units of what those that did may: the estimate is noisy."""
+SLACK = 1.25
+"""What rows that took no part in the choice may lose, in units of what those that did may: the estimate is noisy, and
+1 would turn heads dense that keep what was asked. On three texts of 8 K tokens recall 0.95 gave, with 1.25, 1.5 and 2,
+densities of 45, 39 and 35 % and perplexities 0.4, 0.6 and 1.0 % above that of dense attention."""
 
 _START, _SINKS, _BLOCKS, _COLUMNS = (
     TileRecord._fields.index(name) for name in ("window_start", "sink_stop", "num_blocks", "num_columns")

@@ -24,9 +24,9 @@ from mmi_compile.runtime import AttentionRun, GuardRun
 
 CPU_DENSE_BELOW = 4096
 """Tokens below which dense attention on a CPU is as fast as probe, plan and sparse kernel together."""
-GPU_DENSE_BELOW = 5e12
+GPU_DENSE_BELOW = 7e12
 """The same on a GPU, in floating-point operations of the dense attention. On one H100 with 28 heads, probe and plan
-took the device 1 to 2.6 ms and the host 8 ms; dense attention of this size takes the device 8 ms."""
+took the device 2 to 5 ms and the host 9 ms; dense attention of this size takes the device 10 ms."""
 OWN_DENSE_ABOVE = 1e12
 """Floating-point operations above which dense attention runs on our own kernel where that beats cuDNN (Hopper: 9 to
 24 % from 4 K to 128 K tokens). Smaller calls go to cuDNN, which costs the host less to launch."""

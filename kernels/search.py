@@ -432,7 +432,7 @@ def _columns_of_heads(
     beyond = distance[:, :, None] > ladder[:, None, None]  # [B, H, L, PT, K]
     gained = uncovered[:, :, :, None, 0] * beyond[:, :, None, :, 0]
     for tile in range(1, mass.shape[2]):
-        gained = gained + uncovered[:, :, :, None, tile] * beyond[:, :, None, :, tile]
+        gained.addcmul_(uncovered[:, :, :, None, tile], beyond[:, :, None, :, tile].to(gained.dtype))
     fewer = (running_sum(gained) < need[..., None]).sum(-1)  # [B, H, A, L]
     return fewer + (need > 0)
 
