@@ -13,12 +13,11 @@ from mmi_compile.kernels.probe_kernels import (
     ROWS,
     _bounds,
     _first_tile_in_reach,
-    _key_tile,
+    _key_weights,
     _live_keys,
     _log_sums,
     _plain_tiles,
     _row_stats,
-    _visible,
 )
 
 RUN = tl.constexpr(16)  # rows that distances are summed for at a time, and how far apart their newest keys may be
@@ -153,14 +152,10 @@ def modality_columns(  # type: ignore[no-untyped-def]
     for masked in tl.static_range(0 if PLAIN else 1, 2):
         for tile in tl.range(middle if masked else low, high if masked else middle):
             key = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-            keys = _key_tile(k, key, kv_len, stride_kn, HEAD_DIM, BLOCK_D, UNIT, masked)
-            # Keys are the rows of this product: a column sum then runs along the registers of a thread.
-            scores = tl.dot(keys, tl.trans(queries), input_precision="ieee") * scale  # [BLOCK_N, M]
-            weights = tl.exp2(scores - normal[None, :])
-            if masked:
-                live = _live_keys(key_padding, batch, key, kv_len, HAS_PADDING)[:, None]
-                visible = _visible(key[:, None], position, live, start, stop, window, HAS_WINDOW)
-                weights = tl.where(visible, weights, 0.0)
+            weights = _key_weights(
+                queries, normal, k, key, position, key_padding, batch, start, stop, kv_len, stride_kn, window, scale,
+                HEAD_DIM, BLOCK_D, UNIT, HAS_PADDING, HAS_WINDOW, masked,
+            )  # fmt: skip
             mine = (key < kv_len)[:, None] & (slot >= 0)[None, :]
             total = tl.sum(tl.reshape(weights, (BLOCK_N, HEADS, ROWS)), 2)  # [BLOCK_N, HEADS]
             tl.store(columns + out[None, :] * kv_len + key[:, None], total, mask=mine)

@@ -173,6 +173,26 @@ def probe_row_stats(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _key_weights(  # type: ignore[no-untyped-def]
+    queries, normal, k, key, position, key_padding, batch, start, stop, kv_len, stride_kn, window, scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr,
+    HAS_PADDING: tl.constexpr, HAS_WINDOW: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Probabilities ``[BLOCK_N, M]`` of the rows on the keys ``key``, given the rows' log-sums ``normal [M]``.
+
+    Keys are the rows of this product: a column sum then runs along the registers of a thread.
+    """
+    keys = _key_tile(k, key, kv_len, stride_kn, HEAD_DIM, BLOCK_D, UNIT, MASKED)
+    scores = tl.dot(keys, tl.trans(queries), input_precision="ieee") * scale
+    weights = tl.exp2(scores - normal[None, :])
+    if MASKED:
+        live = _live_keys(key_padding, batch, key, kv_len, HAS_PADDING)[:, None]
+        visible = _visible(key[:, None], position, live, start, stop, window, HAS_WINDOW)
+        weights = tl.where(visible, weights, 0.0)
+    return weights
+
+
+@triton.jit
 def _log_sums(  # type: ignore[no-untyped-def]
     row_max, row_sum, slot, batch, heads_out, n_chunks, n_rows, HEADS: tl.constexpr
 ):  # fmt: skip
@@ -298,14 +318,10 @@ def probe_sums(  # type: ignore[no-untyped-def]
     for masked in tl.static_range(0 if PLAIN else 1, 2):
         for tile in tl.range(middle if masked else begin, end + EXTRA if masked else middle):
             key = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-            keys = _key_tile(k, key, kv_len, stride_kn, HEAD_DIM, BLOCK_D, UNIT, masked)
-            # Keys are the rows of this product: a column sum then runs along the registers of a thread.
-            scores = tl.dot(keys, tl.trans(queries), input_precision="ieee") * scale  # [BLOCK_N, M]
-            weights = tl.exp2(scores - normal[None, :])
-            if masked:
-                live = _live_keys(key_padding, batch, key, kv_len, HAS_PADDING)[:, None]
-                visible = _visible(key[:, None], position, live, start, stop, window, HAS_WINDOW)
-                weights = tl.where(visible, weights, 0.0)
+            weights = _key_weights(
+                queries, normal, k, key, position, key_padding, batch, start, stop, kv_len, stride_kn, window, scale,
+                HEAD_DIM, BLOCK_D, UNIT, HAS_PADDING, HAS_WINDOW, masked,
+            )  # fmt: skip
             mine = ((key < kv_len) & (tile < end))[:, None] & (slot >= 0)[None, :]
             if QUERY_TILES > 1:
                 total = tl.sum(tl.reshape(weights, (BLOCK_N, HEADS, ROWS)), 2)  # [BLOCK_N, HEADS]

@@ -52,7 +52,8 @@ class SpreadRows:
     @property
     def starts(self) -> Tensor:
         """First row of each group, int64 ``[B, 2 * G]``."""
-        return self.rows.unflatten(1, (2 * self.groups, -1))[..., 0]
+        starts: Tensor = self.rows.unflatten(1, (2 * self.groups, -1))[..., 0]
+        return starts
 
     def credited(self, keys: Tensor) -> Tensor:
         """Which keys each row that chooses may credit, bool ``[..., G * R, K]``.
@@ -202,7 +203,8 @@ def _reference_mass_at(probe: SpreadProbe, keys: Tensor, kinds: int) -> Tensor:
     visible = visible_keys(g, rows)[:, None].expand(-1, g.q_heads, -1, -1)
     visible = visible.gather(-1, place[:, :, None].expand(*scores.shape)) & real[:, :, None]
     weights = torch.exp(scores - normal[..., None]).masked_fill(~visible, 0.0)
-    return weights.unflatten(2, (kinds * groups, -1)).sum(3)
+    by_group: Tensor = weights.unflatten(2, (kinds * groups, -1))
+    return by_group.sum(3)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

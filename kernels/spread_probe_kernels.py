@@ -8,7 +8,12 @@ import triton
 import triton.language as tl
 
 from mmi_compile.kernels.modality_probe_kernels import _queries, _reach, _row_positions
-from mmi_compile.kernels.probe_kernels import ROWS, _bounds, _key_tile, _live_keys, _log_sums, _visible
+from mmi_compile.kernels.probe_kernels import (
+    ROWS,
+    _bounds,
+    _key_weights,
+    _log_sums,
+)
 
 
 @triton.jit
@@ -77,14 +82,10 @@ def spread_sums(  # type: ignore[no-untyped-def]
     for masked in tl.static_range(0 if PLAIN else 1, 2):
         for tile in tl.range(middle if masked else low, high if masked else middle):
             key = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-            keys = _key_tile(k, key, kv_len, stride_kn, HEAD_DIM, BLOCK_D, UNIT, masked)
-            # Keys are the rows of this product: a column sum then runs along the registers of a thread.
-            scores = tl.dot(keys, tl.trans(queries), input_precision="ieee") * scale  # [BLOCK_N, M]
-            weights = tl.exp2(scores - normal[None, :])
-            if masked:
-                live = _live_keys(key_padding, batch, key, kv_len, HAS_PADDING)[:, None]
-                visible = _visible(key[:, None], position, live, start, stop, window, HAS_WINDOW)
-                weights = tl.where(visible, weights, 0.0)
+            weights = _key_weights(
+                queries, normal, k, key, position, key_padding, batch, start, stop, kv_len, stride_kn, window, scale,
+                HEAD_DIM, BLOCK_D, UNIT, HAS_PADDING, HAS_WINDOW, masked,
+            )  # fmt: skip
             by_row = tl.sum(weights, 0)  # [M]
             by_group = tl.sum(tl.reshape(by_row, (HEADS * GROUPS, EACH)), 1)
             tl.store(by_tile + group_out + tile * GROUPS, by_group, mask=group_real)
@@ -129,13 +130,12 @@ def spread_at_keys(  # type: ignore[no-untyped-def]
     j = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     wanted = (batch * q_heads + head).to(tl.int64)
     key = tl.load(keys + wanted * count + j, mask=j < count, other=2147483647)
-    tile = _key_tile(k, key, kv_len, stride_kn, HEAD_DIM, BLOCK_D, UNIT, True)
-    scores = tl.dot(tile, tl.trans(queries), input_precision="ieee") * scale  # [BLOCK_N, ROWS]
-    weights = tl.exp2(scores - normal[None, :])
     start, stop = _bounds(kv_start, kv_stop, batch, kv_len, HAS_BOUNDS)
-    live = _live_keys(key_padding, batch, key, kv_len, HAS_PADDING)[:, None]
-    visible = _visible(key[:, None], place[None, :], live, start, stop, window, HAS_WINDOW)
-    by_group = tl.sum(tl.reshape(tl.where(visible, weights, 0.0), (BLOCK_N, GROUPS, EACH)), 2)
+    weights = _key_weights(
+        queries, normal, k, key, place[None, :], key_padding, batch, start, stop, kv_len, stride_kn, window, scale,
+        HEAD_DIM, BLOCK_D, UNIT, HAS_PADDING, HAS_WINDOW, True,
+    )  # fmt: skip
+    by_group = tl.sum(tl.reshape(weights, (BLOCK_N, GROUPS, EACH)), 2)
     of_group = tl.arange(0, GROUPS)
     target = (wanted * (heads_out // q_heads * GROUPS) + kind * GROUPS + of_group) * count
     tl.store(mass + target[None, :] + j[:, None], by_group, mask=(j < count)[:, None])

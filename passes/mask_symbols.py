@@ -116,11 +116,8 @@ def always_nonnegative(expr: sympy.Expr, sizes: Mapping[sympy.Symbol, sympy.Expr
     return lowest is not None and provably_nonnegative(lowest)
 
 
-class Value(sympy.Expr):  # type: ignore[misc]  # sympy has no type information
-    """The integer ``node[index]``: one element of a tensor of the graph."""
-
-    is_integer = True
-    is_commutative = True
+class _OfTensor(sympy.Basic):  # type: ignore[misc]  # sympy has no type information
+    """Something about one element ``node[index]`` of a tensor of the graph."""
 
     def __new__(cls, name: Any, *index: sympy.Expr) -> Any:
         return super().__new__(cls, name if isinstance(name, Str) else Str(name), *index)
@@ -135,6 +132,13 @@ class Value(sympy.Expr):  # type: ignore[misc]  # sympy has no type information
 
     def _sympystr(self, printer: Any) -> str:
         return f"{self.name}[{', '.join(printer._print(e) for e in self.index)}]"
+
+
+class Value(_OfTensor, sympy.Expr):  # type: ignore[misc]
+    """The integer ``node[index]``."""
+
+    is_integer = True
+    is_commutative = True
 
 
 class Quotient(sympy.Expr):  # type: ignore[misc]  # sympy has no type information
@@ -200,22 +204,8 @@ class Equal(Boolean):  # type: ignore[misc]  # sympy has no type information
         return f"({printer._print(sympy.Add(*left))} == {printer._print(sympy.Add(*right))})"
 
 
-class Live(Boolean):  # type: ignore[misc]  # sympy has no type information
+class Live(_OfTensor, Boolean):  # type: ignore[misc]
     """The atom ``node[index] != 0``: what only the data decides."""
-
-    def __new__(cls, name: Any, *index: sympy.Expr) -> Any:
-        return super().__new__(cls, name if isinstance(name, Str) else Str(name), *index)
-
-    @property
-    def name(self) -> str:
-        return str(self.args[0].name)
-
-    @property
-    def index(self) -> tuple[sympy.Expr, ...]:
-        return tuple(self.args[1:])
-
-    def _sympystr(self, printer: Any) -> str:
-        return f"{self.name}[{', '.join(printer._print(e) for e in self.index)}]"
 
 
 @dataclass(frozen=True)

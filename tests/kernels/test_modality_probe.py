@@ -305,11 +305,8 @@ GPU_GEOMETRIES = {
 }
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
-@pytest.mark.parametrize("case", GPU_GEOMETRIES)
-def test_gpu_probe_is_the_reference(case: str, head_dim: int, dtype: torch.dtype) -> None:
+def gpu_case(case: str, head_dim: int, dtype: torch.dtype) -> tuple[Geometry, torch.Tensor, torch.Tensor]:
+    """One of ``GPU_GEOMETRIES`` with random q and k on the GPU, stored by token."""
     g = GPU_GEOMETRIES[case]
     names = ("kv_start", "kv_stop", "key_padding")
     there: dict[str, Any] = {name: None if getattr(g, name) is None else getattr(g, name).cuda() for name in names}
@@ -319,7 +316,15 @@ def test_gpu_probe_is_the_reference(case: str, head_dim: int, dtype: torch.dtype
     def tokens(heads: int, length: int) -> torch.Tensor:
         return torch.randn(g.batch, length, heads, head_dim, device="cuda", generator=generator).to(dtype)
 
-    q, k = tokens(g.q_heads, g.q_len).transpose(1, 2), tokens(g.kv_heads, g.kv_len).transpose(1, 2)
+    return g, tokens(g.q_heads, g.q_len).transpose(1, 2), tokens(g.kv_heads, g.kv_len).transpose(1, 2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
+@pytest.mark.parametrize("case", GPU_GEOMETRIES)
+def test_gpu_probe_is_the_reference(case: str, head_dim: int, dtype: torch.dtype) -> None:
+    g, q, k = gpu_case(case, head_dim, dtype)
     place = torch.arange(g.kv_len, device="cuda")
     ids = torch.where(place % 71 < 60, 1, torch.where(place % 23 < 4, 2, 0)).to(torch.int8).expand(g.batch, -1)
     s = segment(ids, (0, 1, 2), g, TileShape(128, 128))

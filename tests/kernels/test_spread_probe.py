@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any, TypeAlias
 
 import pytest
@@ -24,7 +23,7 @@ from mmi_compile.kernels.spread_probe import (
     spread_rows,
 )
 from tests.kernels.interpreter import running
-from tests.kernels.test_modality_probe import GPU_GEOMETRIES
+from tests.kernels.test_modality_probe import GPU_GEOMETRIES, gpu_case
 from tests.strategies import geometries, random_inputs
 
 # Relative to masses of 1 and more: rounding of scores of size s shifts a probability by s / 2^24 of itself.
@@ -151,16 +150,7 @@ def assert_compiles(arch: str, dtype: str, head_dim: int, special: bool) -> None
 @pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
 @pytest.mark.parametrize("case", GPU_GEOMETRIES)
 def test_gpu_probe_is_the_reference(case: str, head_dim: int, dtype: torch.dtype) -> None:
-    g = GPU_GEOMETRIES[case]
-    names = ("kv_start", "kv_stop", "key_padding")
-    there: dict[str, Any] = {name: None if getattr(g, name) is None else getattr(g, name).cuda() for name in names}
-    g = replace(g, **there)
-    generator = torch.Generator("cuda").manual_seed(0)
-
-    def tokens(heads: int, length: int) -> torch.Tensor:
-        return torch.randn(g.batch, length, heads, head_dim, device="cuda", generator=generator).to(dtype)
-
-    q, k = tokens(g.q_heads, g.q_len).transpose(1, 2), tokens(g.kv_heads, g.kv_len).transpose(1, 2)
+    g, q, k = gpu_case(case, head_dim, dtype)
     scale, sink_stop = head_dim**-0.5, torch.tensor([128], device="cuda")
     spread = spread_rows(g, q.device, SPREAD_GROUPS, 128, sink_stop=sink_stop, zone=128)
     keys = torch.arange(0, g.kv_len, 3, device="cuda").expand(g.batch, g.q_heads, -1)
