@@ -172,20 +172,19 @@ def reference_spread_probe(
 ) -> SpreadProbe:
     """``run_spread_probe`` in plain PyTorch, for any dtype and device. Holds scores of a few heads at a time."""
     g, work = geometry, torch.float64 if q.dtype == torch.float64 else torch.float32
-    count, choosing = 2 * spread.groups, spread.rows.shape[1] // 2
+    count = 2 * spread.groups
     blocks = torch.empty(g.batch, g.q_heads, count, -(-g.kv_len // block_n), dtype=work, device=q.device)
     credit = torch.empty(g.batch, g.q_heads, g.kv_len, dtype=work, device=q.device)
-    keys = torch.arange(g.kv_len, device=q.device).expand(g.batch, -1)
-    credited = spread.credited(keys)[:, None]
+    keys = torch.arange(g.kv_len, device=q.device).expand(g.batch, 1, -1)
+    credited = spread.credited_by_group(keys)
     log_sums = torch.empty(g.batch, g.q_heads, spread.rows.shape[1], dtype=work, device=q.device)
     for heads, scores, hidden in visible_scores(q, k, g, scale, list(range(g.q_heads)), spread.rows):
         some = slice(heads[0], heads[-1] + 1)
-        total = torch.logsumexp(scores, -1)
-        log_sums[:, some] = total.masked_fill(hidden.all(-1), torch.inf)
-        weights = scores.sub_(total[..., None]).exp_().masked_fill_(hidden, 0.0)
-        padded = F.pad(weights, (0, -g.kv_len % block_n)).unflatten(-1, (-1, block_n)).sum(-1)
-        blocks[:, some] = padded.unflatten(2, (count, -1)).sum(3)
-        credit[:, some] = torch.where(credited, weights[:, :, :choosing], 0.0).sum(2)
+        log_sums[:, some] = torch.logsumexp(scores, -1).masked_fill_(hidden.all(-1), torch.inf)
+        weights = scores.sub_(log_sums[:, some, :, None]).exp_()
+        mass = weights.unflatten(2, (count, -1)).sum(3)
+        blocks[:, some] = F.pad(mass, (0, -g.kv_len % block_n)).unflatten(-1, (-1, block_n)).sum(-1)
+        credit[:, some] = torch.where(credited, mass[:, :, : spread.groups], 0.0).sum(2)
     by_kind = log_sums.unflatten(2, (2, -1)).transpose(1, 2)
     return SpreadProbe(SpreadCall(q, k, g, scale, spread, block_n), blocks, credit, by_kind)
 

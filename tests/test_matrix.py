@@ -11,14 +11,9 @@ from tests.matrix import Cell, Setting
 
 pytestmark = pytest.mark.fresh_dynamo
 
-LEFT_ALONE = {"flex_documents"}
-"""Models whose causal attention stays as it is, each with a reason in the report."""
-
 
 def causal(name: str) -> int:
     """Attentions of a prompt that ``mmi_compile.compile`` is to rewrite."""
-    if name in LEFT_ALONE:
-        return 0
     return modules.MODULES[name].causal if name in modules.MODULES else 1 if name == "qwen3_5" else 2
 
 
