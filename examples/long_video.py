@@ -51,7 +51,7 @@ def main() -> None:
 
     dense, exact, adaptive = (build_model(HEADS) for _ in range(3))
     # inner="eager" runs the rewritten graph without Inductor: sparsity is what this is about. Without min_tokens=0,
-    # prompts below 4096 tokens would run dense on a CPU. dynamic=True: one graph for all lengths.
+    # prompts below 6144 tokens would run dense on a CPU. dynamic=True: one graph for all lengths.
     options: dict[str, Any] = {"inner": "eager", "dynamic": True, "strict": True}
     mmi_compile.compile(exact, policy="exact", **options)
     mmi_compile.compile(adaptive, policy="adaptive", min_tokens=0, **options)

@@ -119,7 +119,8 @@ def grouped_attention(
         MMIError: as ``mmi::attention``.
     """
     check_abi(abi)
-    bounds, ids, together = rows
+    together = rows[2]
+    bounds, ids = (x.to(q.device) for x in rows[:2])  # ids may have been numbered on another device
     start, stop, holes = live_keys(q, k.shape[2], key_padding, key_bounds)
     geometry = Geometry(
         batch=q.shape[0], q_heads=q.shape[1], kv_heads=k.shape[1], q_len=q.shape[2], kv_len=k.shape[2],

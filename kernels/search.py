@@ -162,6 +162,8 @@ def probe_frame(geometry: Geometry, tiles: TileShape, device: torch.device, grou
     if groups:
         spread = spread_rows(g, device, groups, bm, sink_stop=sink_end[:, 0, 0] * bn, zone=zone)
         tile = torch.cat([tile, spread.starts[some, None] // bm], -1)
+    # With padding there may be one more than there are query tiles; it holds no probe row.
+    tile = tile.clamp(max=query_tiles - 1)
     edge_base = (tile * bm + g.q_offset) // bn
     edge = edge_base[..., None] - ramp(positions // bn + 2, device, dtype=torch.int64)
     j, query_tile = ramp(g.kv_len, device), ramp(query_tiles, device)
@@ -172,7 +174,7 @@ def probe_frame(geometry: Geometry, tiles: TileShape, device: torch.device, grou
     dense_work = (facts.stop - torch.minimum(facts.first, facts.latest)).clamp(min=0)
     return ProbeFrame(
         tiles=facts,
-        tile=tile.clamp(max=query_tiles - 1),
+        tile=tile,
         tail=(query_tile >= first_tile) & (query_tile <= rows[:, -1:, None] // bm),
         spread=spread,
         edge=edge.clamp(0, key_blocks - 1),

@@ -3,7 +3,8 @@
 ``generate(prefill_chunk_size=…)``, a second question about the same images, and a cache that is filled once and copied
 have in common that a forward gets a part of the prompt, and its attention sees the rest in the cache. What the parts
 before were told is kept on the cache itself, so that copies of it have it too. It is used only where the cache holds as
-many tokens as were seen to go in; a cache that was filled elsewhere or changed by hand has no known beginning.
+many tokens as were seen to go in (or fewer, after a crop), and its keys are still those that the last forward left
+there; a cache that was filled elsewhere, reordered or changed by hand has no known beginning.
 """
 
 from __future__ import annotations
@@ -28,12 +29,15 @@ class CachedPrompt:
     Attributes:
         ids: int8 ``[B, tokens]``; names, segments: as in :class:`mmi_compile.record.Record`.
         steps: tokens that were read one at a time since, as decoding does. Nothing is computed for them.
+        keys: the first layer's keys after the last forward, held so that a deep copy of the cache holds the copy of
+            them; None where the cache does not show any.
     """
 
     ids: Tensor
     names: dict[int, str] = field(default_factory=dict)
     segments: tuple[VisualSegment, ...] = ()
     steps: int = 0
+    keys: Tensor | None = None
 
 
 def tokens_before(kwargs: Mapping[str, Any]) -> int | None:
@@ -53,7 +57,7 @@ def continued(found: Record, before: int, cache: Any) -> None:
     beginning is not known, of nothing, with the reason."""
     assert found.ids is not None
     known = getattr(cache, _ATTRIBUTE, None)
-    problem = _misfit(known, before, found)
+    problem = _misfit(known, before, found, cache)
     if not isinstance(known, CachedPrompt) or problem:
         found.source += f"; not used: {problem}"
         found.ids, found.segments, found.grid_note = None, (), ""
@@ -70,7 +74,7 @@ def continued(found: Record, before: int, cache: Any) -> None:
         found.source += f", {known.steps} of them one at a time, which count as text"
 
 
-def _misfit(known: Any, before: int, found: Record) -> str:
+def _misfit(known: Any, before: int, found: Record, cache: Any) -> str:
     if not isinstance(known, CachedPrompt):
         return f"the cache holds {before} tokens of which nothing is known"
     assert found.ids is not None
@@ -80,6 +84,8 @@ def _misfit(known: Any, before: int, found: Record) -> str:
     # With steps in between, fewer tokens may be others than those that were there.
     if before != tokens + known.steps and not (before < tokens and not known.steps):
         return f"the cache holds {before} tokens, and {tokens + known.steps} were seen to go in"
+    if not _same_keys(known.keys, _first_keys(cache)):
+        return "the cache was changed since a forward of this model left it"
     if any(known.names.get(number, label) != label for number, label in found.names.items()):
         return f"modalities are called {known.names} in the cache and {found.names} now"
     return ""
@@ -95,12 +101,29 @@ def remember(cache: Any, found: Record | None, tokens: int) -> None:
         return
     known = getattr(cache, _ATTRIBUTE, None)
     if tokens == 1:
-        if known is not None:
-            known.steps += 1
+        if known is not None:  # a new one: a shallow copy of the cache has this one too
+            _attach(cache, replace(known, steps=known.steps + 1, keys=_first_keys(cache)))
     elif found is not None and found.ids is not None:
-        _attach(cache, CachedPrompt(found.ids, dict(found.names), found.segments))
+        _attach(cache, CachedPrompt(found.ids, dict(found.names), found.segments, keys=_first_keys(cache)))
     elif known is not None:
         _attach(cache, None)
+
+
+def _first_keys(cache: Any) -> Tensor | None:
+    """The keys of the first layer that has some."""
+    layers = getattr(cache, "layers", None)
+    for layer in layers if isinstance(layers, list) else ():
+        keys = getattr(layer, "keys", None)
+        if isinstance(keys, Tensor):
+            return keys
+    return None
+
+
+def _same_keys(before: Tensor | None, now: Tensor | None) -> bool:
+    """Whether these are the same tensor, or one a crop of the other."""
+    if before is None or now is None:
+        return before is now
+    return before.shape[0] == now.shape[0] and before.data_ptr() == now.data_ptr()
 
 
 def _attach(cache: Any, known: CachedPrompt | None) -> None:

@@ -225,7 +225,7 @@ class Options:
         default=None,
         metadata=_about(
             _or_none(
-                _number(int, "an integer >= 0", lambda x: x >= 0), "4096 on a CPU; by the amount of work on a GPU"
+                _number(int, "an integer >= 0", lambda x: x >= 0), "6144 on a CPU; by the amount of work on a GPU"
             ),
             "Prompts with fewer tokens are computed densely.",
         ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -76,7 +76,7 @@ def _mask_of(node: fx.Node, q: fx.Node, k: fx.Node) -> fx.Node | None:
     score, mask = _graph_of(node, score_mod), _graph_of(node, blocks[-1])
     score_inputs, mask_inputs = _placeholders(score), _placeholders(mask)
     condition = _score_condition(score, score_inputs[0])
-    _check_blocks(blocks, mask, dict(zip(mask_inputs[4:], _nodes(mask_others), strict=False)))
+    _check_blocks(node, blocks, mask, dict(zip(mask_inputs[4:], _nodes(mask_others), strict=False)))
     positions = _Positions(node, q, k)
     parts = []
     root = _root(mask)
@@ -138,10 +138,10 @@ def _is_always_true(root: fx.Node) -> bool:
 # --- the block mask ---------------------------------------------------------------------------------------------------
 
 
-def _check_blocks(blocks: tuple[Any, ...], mask: fx.Graph, captured: Mapping[fx.Node, Any]) -> None:
+def _check_blocks(node: fx.Node, blocks: tuple[Any, ...], mask: fx.Graph, captured: Mapping[fx.Node, Any]) -> None:
     """Raise where the lists of blocks are not made of the mask function in this graph."""
     # Numbers and indices of partial and of full blocks, row by row. The other lists are for gradients.
-    lists = [x for x in blocks[2:6] if isinstance(x, fx.Node) and tensor_of(x) is not None]
+    lists = [x for x in blocks[2:6] if isinstance(x, fx.Node)]
     if not lists:
         raise _Unread("its block mask has no lists")
     if any(x.op in ("placeholder", "get_attr") for x in lists):
@@ -149,10 +149,12 @@ def _check_blocks(blocks: tuple[Any, ...], mask: fx.Graph, captured: Mapping[fx.
             "its block mask is an input of the graph, and may leave out blocks that its mask function shows; make it"
             " with create_block_mask where the model is compiled"
         )
+    if any(mutated_between(x, node, x) for x in lists):
+        raise _Unread("the lists of its block mask may have been changed")
     makers = [_makers(x) for x in lists]
-    if all("_create_empty_block_mask" in found for found in makers):
+    if len(lists) == 2 and all("_create_empty_block_mask" in found for found in makers):
         return  # no block mask was given: one block holds everything
-    if not all("create_block_mask" in found for found in makers):
+    if not all("create_block_mask" in found for found in makers) or not _is_whole(lists):
         raise _Unread("its block mask is not made by create_block_mask alone")
     graph = lists[0].graph
     ancestors = cone(graph, lists)
@@ -169,6 +171,25 @@ def _check_blocks(blocks: tuple[Any, ...], mask: fx.Graph, captured: Mapping[fx.
     names = dict(zip(inputs[:4], "bhij", strict=True)) | {n: f"%{outer}" for n, outer in captured.items()}
     if _spelled(bodies[0], ranges) != _spelled(_root(mask), names):
         raise _Unread("its block mask is not seen to be made of its mask function")
+
+
+def _is_whole(lists: Sequence[fx.Node]) -> bool:
+    """Whether these are all four lists of one block mask, in order: for partial and then for full blocks, how many of
+    them a row has, and which. Lists that are dropped, doubled or swapped are not."""
+    if len(lists) != 4:
+        return False
+    counts, indices = ([_before_casts(x) for x in lists[n::2]] for n in (0, 1))
+    if {operator_name(x) for x in counts} != {"sum"} or {operator_name(x) for x in indices} != {"argsort"}:
+        return False
+    dense = [_first(x) for x in counts]
+    ordered = list(lists[0].graph.nodes)
+    return dense == [_first(x) for x in indices] and ordered.index(dense[0]) < ordered.index(dense[1])
+
+
+def _before_casts(node: fx.Node) -> fx.Node:
+    while operator_name(node) in ("to", "contiguous") and isinstance(_first(node), fx.Node):
+        node = _first(node)
+    return node
 
 
 def _makers(node: fx.Node) -> set[str]:

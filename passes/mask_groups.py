@@ -228,8 +228,9 @@ def _stepped(name: str, reader: Reader) -> sympy.Expr | None:
     difference = _node(steps[0].name, reader)
     if difference is None or operator_name(difference) != "diff":
         return None
-    rank = len(reader.known[difference].shape)
-    if steps[0].index[-1] != KEY or len(steps[0].index) != rank:
+    shape = reader.known[difference].shape
+    rank = len(shape)
+    if steps[0].index != axes(shape) or changes is None or changes.shape != shape:
         return None
     try:
         source, order, dim, prepend, append = bind(

@@ -203,6 +203,31 @@ def test_a_cache_that_was_changed_by_hand():
     assert "the cache holds 40 tokens, and 46 were seen to go in" in reason(model, QUESTION, cache)
 
 
+def test_a_cache_whose_keys_are_others_now():
+    model, inputs, _, cache = llava()
+    twin = copy.deepcopy(model)
+    mmi_compile.compile(model, **OPTIONS)
+    filled(model, inputs, cache)
+    cache.reorder_cache(torch.arange(QUESTION.shape[0]))
+    assert "the cache was changed since" in reason(model, QUESTION, cache)
+    _, inputs, _, cache = llava()
+    filled(model, inputs, cache)
+    cache.crop(-QUESTION.shape[1])
+    asked(twin, QUESTION, cache)  # as many tokens as before
+    assert "the cache was changed since" in reason(model, QUESTION, cache)
+
+
+def test_a_shallow_copy_counts_its_own_steps():
+    model, inputs, _, cache = llava()
+    mmi_compile.compile(model, **OPTIONS)
+    filled(model, inputs, cache)
+    other = copy.copy(cache)
+    cached_prompt.remember(other, None, 1)
+    assert cached_prompt._ATTRIBUTE in vars(cache)
+    assert vars(cache)[cached_prompt._ATTRIBUTE].steps == 0
+    assert vars(other)[cached_prompt._ATTRIBUTE].steps == 1
+
+
 def test_a_cache_of_another_batch_size():
     model, inputs, _, cache = llava()
     mmi_compile.compile(model, **OPTIONS)

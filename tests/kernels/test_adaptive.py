@@ -201,6 +201,14 @@ def test_not_a_number_runs_dense() -> None:
     assert_invariants(plan)
 
 
+@pytest.mark.parametrize(("length", "tiles"), [(960, TileShape(128, 32)), (4032, TileShape(128, 32))])
+def test_tall_tiles_and_padding(length: int, tiles: TileShape) -> None:
+    g = Geometry(1, 1, 1, length, length, kv_start=torch.tensor([3], dtype=torch.int32))
+    x = random_inputs(g)
+    plan, _ = adaptive_plan(x.q, x.k, g, 0.5, tiles, recall=0.5, max_density=1.0)
+    assert_invariants(plan)
+
+
 def test_no_rows() -> None:
     g = Geometry(1, 2, 1, 0, 0)
     plan, choice = adaptive_plan(torch.zeros(1, 2, 0, 8), torch.zeros(1, 1, 0, 8), g, 1.0, TILES)

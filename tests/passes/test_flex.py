@@ -233,6 +233,44 @@ def test_blocks_listed_by_hand():
     left(Reason.UNKNOWN_MASK, "its block mask is not made by create_block_mask alone")
 
 
+def _without_full_blocks(found: BlockMask) -> BlockMask:
+    return BlockMask.from_kv_blocks(found.kv_num_blocks, found.kv_indices, mask_mod=causal, seq_lengths=(N, N))
+
+
+def _with_full_blocks_for_partial(found: BlockMask) -> BlockMask:
+    assert found.full_kv_num_blocks is not None
+    return BlockMask.from_kv_blocks(
+        found.full_kv_num_blocks, found.full_kv_indices, found.kv_num_blocks, found.kv_indices, mask_mod=causal,
+        seq_lengths=(N, N),
+    )  # fmt: skip
+
+
+def _with_full_blocks_emptied(found: BlockMask) -> BlockMask:
+    assert found.full_kv_num_blocks is not None
+    found.full_kv_num_blocks.zero_()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (_without_full_blocks, "not made by create_block_mask alone"),
+        (_with_full_blocks_for_partial, "not made by create_block_mask alone"),
+        (_with_full_blocks_emptied, "may have been changed"),
+    ],
+)
+def test_lists_that_create_block_mask_made_and_somebody_changed(
+    change: Callable[[BlockMask], BlockMask], why: str
+) -> None:
+    # Uncompiled, flex_attention asks the function alone, so there is nothing to compare with here.
+    def function(q: Tensor) -> Tensor:
+        block_mask = change(create_block_mask(causal, None, None, N, N, device="cpu"))
+        return flex_attention(q, q, q, block_mask=block_mask)
+
+    torch.compile(function, backend="mminference", options={"policy": "exact", "inner": "eager"})(heads())
+    left(Reason.UNKNOWN_MASK, why)
+
+
 def test_another_function_than_the_one_that_made_the_blocks():
     def window(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return (i >= j) & (i - j < 30)

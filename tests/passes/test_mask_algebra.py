@@ -494,6 +494,21 @@ def test_documents_given_as_positions(name: str, text: str, dynamic: bool) -> No
     assert found.groups[0].together
 
 
+def test_documents_of_one_row_say_nothing_of_positions_of_another() -> None:
+    positions = torch.stack([torch.randperm(40), torch.cat([torch.arange(15), torch.arange(25)])])
+
+    def function(q: Tensor, p: Tensor) -> Tensor:
+        jumps = torch.diff(p, prepend=p[:, :1] - 1, dim=-1)
+        document = (jumps[1:2] != 1).cumsum(-1)
+        earlier = p[:1][:, None, None] <= p[:1][:, None, :, None]
+        mask = (document[:, None, :, None] == document[:, None, None]) & earlier
+        return torch.nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=mask)
+
+    q = torch.randn(2, 2, 40, 16)
+    compiled = torch.compile(function, backend="mminference", options={"policy": "exact", "inner": "eager"})
+    torch.testing.assert_close(compiled(q, positions), function(q, positions))
+
+
 def _llama4(attn: str) -> tuple[Any, dict[str, Tensor]]:
     transformers = pytest.importorskip("transformers")
     config = transformers.Llama4TextConfig(
