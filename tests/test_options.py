@@ -350,7 +350,7 @@ values = st.fixed_dictionaries(
         "passes_until": st.from_regex(r"[A-Z_]{1,8}", fullmatch=True),
         "inductor": st.none() | st.dictionaries(st.text(max_size=4), st.booleans() | st.integers(), max_size=3),
     },
-)
+).filter(lambda mapping: mapping.get("passes_until") not in mapping.get("skip_passes", []))
 
 
 def as_text(value: object) -> str:

@@ -57,6 +57,14 @@ class Page(HTMLParser):
         return " ".join(" ".join(self.text).split())
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _no_kernels() -> Iterator[None]:
+    """Pages show the kernels that this process has loaded, which depends on the tests before."""
+    loaded = {name: sys.modules.pop(name) for name in list(sys.modules) if name.startswith("mmi_compile_kernel_")}
+    yield
+    sys.modules.update(loaded)
+
+
 @pytest.fixture(scope="module")
 def page() -> str:
     example = families.vision("qwen2_5_vl", shape=models.Shape(layers=2, heads=4, kv_heads=2))

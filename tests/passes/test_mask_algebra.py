@@ -23,7 +23,7 @@ from mmi_compile.passes.base import AttentionSite, PassContext
 from mmi_compile.passes.mask_algebra import Prover, prove, symbolic
 from mmi_compile.passes.mask_fact import CAUSAL, MaskFact, MaskGroup
 from mmi_compile.passes.mask_reader import Reader
-from mmi_compile.passes.mask_symbols import Cases, Live, Position, SymbolicTensor, Truth, axis, same
+from mmi_compile.passes.mask_symbols import Cases, Live, Position, SymbolicTensor, Truth, Value, axis, same
 from mmi_compile.passes.prove_mask import ProveMask
 from tests import families, models
 from tests.harness import Recorder, capture
@@ -555,13 +555,13 @@ def element_at(tensor: SymbolicTensor, index: tuple[int, ...], sizes: dict[sympy
     """One element of a tensor that was read, for these sizes; None where it is left to the data."""
     places = {axis(len(index) - 1 - n): k for n, k in enumerate(index)}
     known = {symbol: sympy.Integer(value) for symbol, value in (places | sizes).items()}
-    if isinstance(tensor.element, Position):
+    if isinstance(tensor.element, Position) and not tensor.element.expr.atoms(Value):
         return int(tensor.element.expr.xreplace(known))
     if isinstance(tensor.element, Cases):
         (value,) = (value for value, when in tensor.element.items if when.xreplace(known) == sympy.true)
         assert isinstance(value, int)
         return value
-    if isinstance(tensor.element, Truth) and not tensor.element.condition.atoms(Live):
+    if isinstance(tensor.element, Truth) and not tensor.element.condition.atoms(Live, Value):
         return tensor.element.condition.xreplace(known) == sympy.true
     return None
 
