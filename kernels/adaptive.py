@@ -212,11 +212,12 @@ def measure_recall(lowered: Lowered, search: Search) -> tuple[Tensor, Tensor]:
         visited = visited | lowered.diagonals[:, :, None].expand(*mass.shape[:3], -1).gather(-1, ahead)
     covered = (mass * visited).sum(-1)
     if plan.columns.shape[-1]:
-        columns = plan.columns.long()[:, :, None].expand(-1, -1, mass.shape[2], -1)
+        keys = plan.columns.long()
+        columns = keys[:, :, None].expand(-1, -1, mass.shape[2], -1)
         in_use = ramp(columns.shape[-1], mass.device) < tiles[..., _COLUMNS]
         # True > False: in use, and not in a block that is visited already.
         own = in_use > visited.gather(-1, columns // plan.block_n)
-        covered = covered + (search.mass_at(plan.columns.long()) * own).sum(-1)
+        covered = covered + (search.mass_at(keys) * own).sum(-1)
     # NaN inputs and heads without any live row give NaN here, and such a head then runs dense.
     count = search.mass.shape[2]
     chosen = covered[..., :count].sum(-1) / search.total

@@ -23,13 +23,14 @@ from mmi_compile.kernels.geometry import Geometry
 from mmi_compile.kernels.plan import Plan
 from mmi_compile.kernels.plan_rows import PlanRows
 from mmi_compile.kernels.planner import make_dense
-from mmi_compile.kernels.probe import LAST_Q, first_live_key, head_chunks, last_live_position, row_scores, visible_keys
+from mmi_compile.kernels.probe import LAST_Q, first_live_key, last_live_position, row_weights
 
 GUARD_ROWS = 64
 """Rows that are looked at unless told otherwise."""
 
 CHUNK_BYTES = 64 << 20
-"""Scores held at a time; a few tensors of that size live at once. One row of one head at least is processed whole."""
+"""Scores of one head that are held at a time, which bounds the rows; one row at least is processed whole. How many
+heads go together is for ``row_weights`` to say."""
 
 _FINE = 1 << 20
 
@@ -191,18 +192,12 @@ def _exact_rows(
     g, work = plan.geometry, _work_dtype(q)
     if not q.numel() or not k.numel():
         return
-    room = max(1, CHUNK_BYTES // (g.batch * g.kv_len * work.itemsize))  # rows, of all heads together
+    room = max(1, CHUNK_BYTES // (g.batch * g.kv_len * work.itemsize))
     at_once = max(1, min(room, rows.shape[1]))
     for first in range(0, rows.shape[1], at_once):
         some = slice(first, min(first + at_once, rows.shape[1]))
-        hidden = ~visible_keys(g, rows[:, some])[:, None]
-        step = max(1, room // (some.stop - some.start))
-        for begin, end, kv_head in head_chunks(list(range(g.q_heads)), g.group, step):
-            index = rows[:, None, some, None].expand(-1, end - begin, -1, q.shape[-1])
-            asked = q[:, begin:end].gather(2, index)
-            scores = torch.stack([row_scores(asked[b], k[b, kv_head], work, scale) for b in range(g.batch)])
-            scores = scores.masked_fill_(hidden, torch.finfo(work).min)
-            yield slice(begin, end), some, kv_head, torch.softmax(scores, -1).masked_fill_(hidden, 0.0)
+        for heads, weights in row_weights(q, k, g, scale, list(range(g.q_heads)), rows[:, some]):
+            yield slice(heads[0], heads[-1] + 1), some, heads[0] // g.group, weights
 
 
 def _add_masses(covered: Tensor, total: Tensor, weights: Tensor, kept: Tensor) -> None:

@@ -11,7 +11,7 @@ On a GPU three kernels do this; everywhere else plain PyTorch, which the kernels
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -55,21 +55,12 @@ class SpreadRows:
         starts: Tensor = self.rows.unflatten(1, (2 * self.groups, -1))[..., 0]
         return starts
 
-    def credited(self, keys: Tensor) -> Tensor:
-        """Which keys each row that chooses may credit, bool ``[..., G * R, K]``.
-
-        Args:
-            keys: ``[B, K]`` or ``[B, H, K]``.
-        """
-        start, stop = self.credit_start[:, None], self.credit_stop
-        if keys.dim() == 3:
-            start, stop = start[:, None], stop[:, None]
-        return (keys >= start)[..., None, :] & (keys[..., None, :] < stop[..., None])
-
     def credited_by_group(self, keys: Tensor) -> Tensor:
-        """The same for each group that chooses, bool ``[B, H, G, K]``."""
-        first_of_group = self.credit_stop.unflatten(1, (self.groups, -1))[..., 0]
-        return replace(self, credit_stop=first_of_group).credited(keys)
+        """Which keys each group that chooses may credit, bool ``[B, H, G, K]``; keys ``[B, H, K]``."""
+        stop = self.credit_stop.unflatten(1, (self.groups, -1))[:, None, :, :1]  # the same for all rows of a group
+        keys = keys[:, :, None]
+        credited: Tensor = (keys >= self.credit_start[:, None, None, None]) & (keys < stop)
+        return credited
 
 
 def spread_rows(
