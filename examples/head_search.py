@@ -3,6 +3,7 @@
     python examples/head_search.py                                  # a quarter of an hour: 32 frames, one prompt
     python examples/head_search.py --budget 0.1 --budget 0.15 --boundaries none
     python examples/head_search.py --keep measured.json             # again with it: only scores are computed anew
+    python examples/head_search.py --device cuda --frames 64 --boundaries none --boundaries none,q,2d
 
 Every head tries every pattern and boundary on prompts about photographs that the model was trained on; each budget then
 gives a head config, which answers the questions of ``video_needles.py`` about other photographs. A budget is a density,
@@ -12,20 +13,24 @@ counted in tiles. What it needs is told there.
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 from needle.measure import score
-from needle.model import load_video_model
+from needle.model import load_video_model, on_device
 from needle.packages import MissingPackage
-from needle.policies import Policy, cpu_tiles
+from needle.policies import Policy, parse_tiles
 from needle.task import MOST_FRAMES, Prompt
 from rich.console import Console
 from video_needles import build_prompts, table
 
 import mmi_compile
+from mmi_compile.head_config import HeadConfig
+from mmi_compile.kernels.own_tiles import using_tiles
+from mmi_compile.kernels.patterns import ByModality
 
 
 def main(
@@ -33,9 +38,12 @@ def main(
     frames: Annotated[int, typer.Option(help="Frames of each video: 42 tokens each.", min=5, max=MOST_FRAMES)] = 32,
     calibrate: Annotated[int, typer.Option(help="Prompts that heads are searched on.", min=1)] = 1,
     prompts: Annotated[int, typer.Option(help="Videos that configs are scored on.", min=1)] = 4,
-    boundaries: Annotated[str, typer.Option(help="Some of none, q and 2d, with commas.")] = "none,q,2d",
+    boundaries: Annotated[
+        list[str] | None, typer.Option(help="Some of none, q and 2d, with commas; repeatable [none,q,2d].")
+    ] = None,
     tail: Annotated[bool, typer.Option(help="Keep every key for the last 64 rows, which hold the questions.")] = True,
     tiles: Annotated[str, typer.Option(help="Rows and keys of a tile.")] = "32,32",
+    device: Annotated[str, typer.Option(help="cpu in float32, or cuda in bfloat16.")] = "cpu",
     threads: Annotated[int, typer.Option(help="Threads of PyTorch; 0 for its own number.", min=0)] = 0,
     keep: Annotated[Path | None, typer.Option(help="File for what has been measured.")] = None,
     output: Annotated[Path | None, typer.Option(help="Folder that receives the configs.")] = None,
@@ -45,25 +53,36 @@ def main(
         torch.set_num_threads(threads)
     try:
         tokenizer, model = load_video_model()
+        model = on_device(model, device)
         known = build_prompts(tokenizer, model, frames, range(calibrate), "train")
         asked = build_prompts(tokenizer, model, frames, range(prompts), "test")
         found = [score(model, Policy("dense", "dense"), asked)]
-        with cpu_tiles(tiles):
-            for share in budget or [0.1, 0.15]:
-                config = mmi_compile.search(
-                    model, [_inputs(prompt) for prompt in known], budget=share, unit="tiles",
-                    boundaries=boundaries.split(","), dense_tail=tail, resume=keep,
-                )  # fmt: skip
-                if output is not None:
-                    output.mkdir(parents=True, exist_ok=True)
-                    config.save(output / f"heads_{share:g}.json")
-                policy = Policy(f"searched, budget {share:g}", "config", config=config, dense_tail=tail)
-                found.append(score(model, policy, asked))
-                print(f"{policy.text}: {found[-1].density:.1%}", file=sys.stderr)
+        with using_tiles(parse_tiles(tiles)):
+            for names in boundaries or ["none,q,2d"]:
+                kept = keep and keep.with_name(f"{keep.stem}_{names.replace(',', '_')}{keep.suffix}")
+                for share in budget or [0.1, 0.15]:
+                    config = mmi_compile.search(
+                        model, [_inputs(prompt) for prompt in known], budget=share, unit="tiles",
+                        boundaries=names.split(","), dense_tail=tail, resume=kept,
+                    )  # fmt: skip
+                    name = f"{names}, budget {share:g}"
+                    if output is not None:
+                        output.mkdir(parents=True, exist_ok=True)
+                        config.save(output / f"heads_{names.replace(',', '_')}_{share:g}.json")
+                    policy = Policy(name, "config", config=config, dense_tail=tail)
+                    found.append(score(model, policy, asked))
+                    print(f"{name}: {found[-1].density:.1%}; {boundaries_of(config)}", file=sys.stderr)
     except (MissingPackage, ValueError, mmi_compile.MMIError) as error:
         print(error, file=sys.stderr)
         raise typer.Exit(2) from None
     Console().print(table(found))
+
+
+def boundaries_of(config: HeadConfig) -> str:
+    """How many heads have each boundary."""
+    patterns = [entry.pattern for layer in config.layers for entry in layer]
+    found = Counter(p.boundary if isinstance(p, ByModality) else "none" for p in patterns)
+    return ", ".join(f"{name} {count}" for name, count in sorted(found.items()))
 
 
 def _inputs(prompt: Prompt) -> dict[str, object]:

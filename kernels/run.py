@@ -15,6 +15,7 @@ from mmi_compile.kernels.frames import TileShape
 from mmi_compile.kernels.hopper import attention_hopper
 from mmi_compile.kernels.hopper_spec import BLOCK_M, hopper_block_n, hopper_supported
 from mmi_compile.kernels.launch import device_arch, dtype_name
+from mmi_compile.kernels.own_tiles import own_tiles
 from mmi_compile.kernels.plan import Plan
 from mmi_compile.kernels.spec import choose_spec, supported
 from mmi_compile.kernels.triton_attention import attention_triton
@@ -22,9 +23,14 @@ from mmi_compile.kernels.triton_attention import attention_triton
 Family: TypeAlias = Literal["hopper", "portable"]
 
 
-@lru_cache(maxsize=256)
 def families(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[Family, ...]:
     """The families that serve this device, dtype and head dim, fastest first; empty when there is none."""
+    known = _families(device, dtype, head_dim)
+    return known if own_tiles() is None else known[-1:]  # only the portable kernels take any tiles
+
+
+@lru_cache(maxsize=256)
+def _families(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[Family, ...]:
     arch, name = device_arch(device), dtype_name(dtype)
     if supported(name, head_dim, arch=arch) is not None:
         return ()
@@ -40,6 +46,9 @@ def family_tiles(family: Family, device: torch.device, dtype: torch.dtype, head_
     """
     if family == "hopper":
         return TileShape(BLOCK_M, hopper_block_n(head_dim))
+    asked = own_tiles()
+    if asked is not None:
+        return asked
     spec = choose_spec(device_arch(device), dtype_name(dtype), head_dim)
     return TileShape(spec.block_m, spec.block_n)
 

@@ -63,9 +63,9 @@ def kernel_families(device: torch.device, dtype: torch.dtype, head_dim: int) -> 
     """
     if device.type == "cpu":
         from mmi_compile.kernels.cpu import attention_cpu
-        from mmi_compile.kernels.dispatch import CPU_TILES
+        from mmi_compile.kernels.dispatch import tiles_for
 
-        return [Family("cpu", CPU_TILES, attention_cpu)]
+        return [Family("cpu", tiles_for(device, dtype, head_dim), attention_cpu)]
     from mmi_compile.kernels.run import families, family_tiles, run_plan
 
     def bound(name: Literal["hopper", "portable"]) -> Family:

@@ -17,12 +17,11 @@ from hypothesis import strategies as st
 from needle.measure import score
 from needle.model import merge_weights
 from needle.packages import MissingPackage, need, need_folder
-from needle.policies import cpu_tiles, parse_policy, running, uniform
+from needle.policies import parse_policy, parse_tiles, running, uniform
 from needle.task import COLOURS, FRAME_TOKENS, KINDS, SIDE, TEXT, VIDEO, Prompt, Sources, make_prompt
 from text_perplexity import Reading, chapters, compare, matching, static_density
 from torch import Tensor, nn
 
-from mmi_compile.kernels import dispatch
 from mmi_compile.kernels.dispatch import CPU_TILES
 from mmi_compile.kernels.frames import TileShape
 from mmi_compile.kernels.patterns import AShape, TriShape, VerticalSlash
@@ -179,19 +178,15 @@ def test_other_words_are_refused_with_the_forms(text: str) -> None:
         parse_policy(text)
 
 
-def test_tiles_change_for_a_while() -> None:
-    before = dispatch.CPU_TILES
-    with cpu_tiles("32,16"):
-        assert dispatch.CPU_TILES == TileShape(32, 16)
-    assert dispatch.CPU_TILES == before
-    with cpu_tiles(""):
-        assert dispatch.CPU_TILES == before
+def test_tiles_are_written_as_two_numbers() -> None:
+    assert parse_tiles("32,16") == TileShape(32, 16)
+    assert parse_tiles("") is None
 
 
-@pytest.mark.parametrize("text", ["32", "32,32,32", "30,32", "8,16", "a,b"])
+@pytest.mark.parametrize("text", ["32", "32,32,32", "-32,32", "a,b"])
 def test_other_tiles_are_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="give two of 16"), cpu_tiles(text):
-        pass
+    with pytest.raises(ValueError, match="give two powers of two"):
+        parse_tiles(text)
 
 
 @pytest.mark.parametrize("main", [video_needles.main, text_perplexity.main])

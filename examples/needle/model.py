@@ -73,6 +73,11 @@ def load_video_model(weights: Path = WEIGHTS) -> tuple[Any, Any]:
     return tokenizer, model.eval()
 
 
+def on_device(model: Any, device: str) -> Any:
+    """The model in float32 on a CPU, in bfloat16 elsewhere."""
+    return model if device == "cpu" else model.to(device, torch.bfloat16)
+
+
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """All tensors of the ``*.safetensors`` files of a folder, by the names of the model's own modules.
 

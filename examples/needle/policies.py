@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +12,6 @@ import torch
 
 import mmi_compile
 from mmi_compile.head_config import Fingerprint, HeadConfig, HeadEntry
-from mmi_compile.kernels import dispatch
 from mmi_compile.kernels.frames import TileShape
 from mmi_compile.kernels.patterns import AShape, Grid, Pattern, TriShape, VerticalSlash
 
@@ -138,26 +136,16 @@ def running(model: Any, policy: Policy) -> Iterator[Runner]:
     yield Runner(mmi_compile.compile(copy.deepcopy(model), **policy.options(model)), known)
 
 
-@contextmanager
-def cpu_tiles(text: str) -> Iterator[None]:
-    """Let the CPU path use other tiles than its own, which suit prompts of many thousand tokens.
-
-    Args:
-        text: query rows and keys of a tile, such as ``32,32``; empty for those of the CPU path.
+def parse_tiles(text: str) -> TileShape | None:
+    """Query rows and keys of a tile, such as ``32,32``; None for an empty text.
 
     Raises:
-        ValueError: not two powers of two from 16 to 256.
+        ValueError: not two whole numbers.
     """
-    sizes = text.split(",") if text else [str(size) for size in dataclasses.astuple(dispatch.CPU_TILES)]
-    allowed = [str(1 << power) for power in range(4, 9)]
-    if len(sizes) != 2 or not set(sizes) <= set(allowed):
-        raise ValueError(f"tiles are {text!r}; give two of {', '.join(allowed)}, such as 32,32")
-    own = dispatch.CPU_TILES
-    dispatch.CPU_TILES = TileShape(int(sizes[0]), int(sizes[1]))
-    try:
-        yield
-    finally:
-        dispatch.CPU_TILES = own
+    sizes = text.split(",")
+    if text and (len(sizes) != 2 or not all(size.strip().isdecimal() for size in sizes)):
+        raise ValueError(f"tiles are {text!r}; give two powers of two, such as 32,32")
+    return TileShape(int(sizes[0]), int(sizes[1])) if text else None
 
 
 def _graphs() -> list[Any]:

@@ -18,6 +18,7 @@ part of the prompt: the model is asked for the next token at every place of an a
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -96,7 +97,15 @@ class Prompt:
     @property
     def asked(self) -> Tensor:
         """Positions whose next token belongs to an answer, int64 ``[answer tokens]``, in the order of ``answers``."""
-        return torch.cat([torch.arange(len(a.tokens)) + a.start - 1 for a in self.answers])
+        places = [torch.arange(len(a.tokens)) + a.start - 1 for a in self.answers]
+        return torch.cat(places).to(self.input_ids.device)
+
+    def on(self, device: torch.device | str, dtype: torch.dtype) -> Prompt:
+        """The prompt on a device, frames in ``dtype``."""
+        ids, modality = self.input_ids.to(device), self.modality.to(device)
+        return dataclasses.replace(
+            self, input_ids=ids, pixel_values=self.pixel_values.to(device, dtype), modality=modality
+        )
 
 
 def load_sources(split: Split) -> Sources:
