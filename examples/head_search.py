@@ -71,7 +71,7 @@ def main(
                         config.save(output / f"heads_{names.replace(',', '_')}_{share:g}.json")
                     policy = Policy(name, "config", config=config, dense_tail=tail)
                     found.append(score(model, policy, asked))
-                    print(f"{name}: {found[-1].density:.1%}; {boundaries_of(config)}", file=sys.stderr)
+                    print(f"{found[-1]}; heads by boundary: {boundaries_of(config)}", file=sys.stderr)
     except (MissingPackage, ValueError, mmi_compile.MMIError) as error:
         print(error, file=sys.stderr)
         raise typer.Exit(2) from None

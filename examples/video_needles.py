@@ -61,7 +61,7 @@ def main(
         with using_tiles(parse_tiles(tiles)):
             for chosen in policies:
                 found.append(score(model, chosen, videos))
-                print(f"{chosen.text}: {found[-1].seconds:.1f} s a prompt", file=sys.stderr)
+                print(f"{found[-1]}; {found[-1].seconds:.1f} s a prompt", file=sys.stderr)
     except (MissingPackage, ValueError, mmi_compile.MMIError) as error:
         print(error, file=sys.stderr)
         raise typer.Exit(2) from None
@@ -87,8 +87,7 @@ def table(found: list[Score]) -> Table:
     for column in ("policy", *KINDS, "density"):
         drawn.add_column(column, justify="left" if column == "policy" else "right")
     for row in found:
-        shares = [f"{row.token_accuracy[kind]:.3f} / {row.answer_accuracy[kind]:.3f}" for kind in KINDS]
-        drawn.add_row(row.policy, *shares, f"{row.density:.1%}")
+        drawn.add_row(row.policy, *(row.accuracy(kind) for kind in KINDS), f"{row.density:.1%}")
     return drawn
 
 

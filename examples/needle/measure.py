@@ -37,6 +37,14 @@ class Score:
     density: float
     seconds: float
 
+    def __str__(self) -> str:
+        shares = [f"{kind} {self.accuracy(kind)}" for kind in self.token_accuracy]
+        return f"{self.policy}: {', '.join(shares)}, density {self.density:.1%}"
+
+    def accuracy(self, kind: Kind) -> str:
+        """Tokens right / answers right."""
+        return f"{self.token_accuracy[kind]:.3f} / {self.answer_accuracy[kind]:.3f}"
+
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
