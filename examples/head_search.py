@@ -15,6 +15,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import torch
@@ -57,9 +58,10 @@ def main(
         known = build_prompts(tokenizer, model, frames, range(calibrate), "train")
         asked = build_prompts(tokenizer, model, frames, range(prompts), "test")
         found = [score(model, Policy("dense", "dense"), asked)]
-        with using_tiles(parse_tiles(tiles)):
+        with using_tiles(parse_tiles(tiles)), TemporaryDirectory() as folder:
+            measured = keep or Path(folder) / "measured.json"  # all budgets choose among what was measured once
             for names in boundaries or ["none,q,2d"]:
-                kept = keep and keep.with_name(f"{keep.stem}_{names.replace(',', '_')}{keep.suffix}")
+                kept = measured.with_name(f"{measured.stem}_{names.replace(',', '_')}{measured.suffix}")
                 for share in budget or [0.1, 0.15]:
                     config = mmi_compile.search(
                         model, [_inputs(prompt) for prompt in known], budget=share, unit="tiles",
