@@ -24,7 +24,10 @@ from mmi_compile.kernels.spread_probe import SpreadProbe, SpreadRows, spread_row
 DENSE, A_SHAPE, VERTICAL_SLASH, GRID = range(4)
 
 SINK_TOKENS = 64
-"""First live keys that every sparse head keeps; they fill one key block of the usual tiles."""
+"""First live keys that every sparse head keeps, as far as they fill one key block."""
+
+LEAST_WINDOW = 64
+"""Nearest keys that every sparse head keeps: what stands just before a token tells what it is about."""
 
 LOCAL_ZONE = 1024
 """Nearest keys (at most 1/16 of all) that are left to window and diagonals, in tokens."""
@@ -40,6 +43,25 @@ GRID_BONUS = 0.8
 
 TRIED_AT_ONCE = 32 << 20
 """Partial sums over columns that are held at a time, over all windows and numbers of diagonals."""
+
+
+def sink_tokens(block_n: int) -> int:
+    """First live keys that every sparse head keeps."""
+    return min(SINK_TOKENS, block_n)
+
+
+def least_columns(kv_len: int, block_n: int) -> int:
+    """Columns that every sparse head keeps for the last rows; one that is no grid keeps again as many for all rows.
+
+    Together they fill one key block, which costs next to nothing. What is asked of a prompt is often a few tokens of
+    it, whose mass is small beside that of the sinks: a recall target alone would leave them out.
+    """
+    return min(block_n, kv_len) // 2
+
+
+def least_window(tiles: TileShape) -> int:
+    """The smallest window of a sparse head, in key blocks: ``LEAST_WINDOW`` tokens, a query tile included."""
+    return -(-max(0, LEAST_WINDOW - tiles.block_m) // tiles.block_n)
 
 
 def max_columns(kv_len: int, block_n: int) -> int:
@@ -101,7 +123,7 @@ def _window_cost(window: Tensor, q_len: int, q_offset: int, block_m: int, block_
     reach = (window.double() + 1) * block_n + block_m
     middle = reach.clamp(q_offset, end)
     growing = (middle * (middle + 1) - q_offset * (q_offset + 1)) / 2
-    return (growing + reach.clamp(max=end) * (end - middle)) / q_len + SINK_TOKENS
+    return (growing + reach.clamp(max=end) * (end - middle)) / q_len + sink_tokens(block_n)
 
 
 def window_ladder(positions: int, block_n: int) -> tuple[int, ...]:
@@ -124,6 +146,7 @@ class ProbeFrame:
         known: bool, likewise, whether there is one right of the sinks.
         ahead: int64 ``[b, 1, PT, key blocks]``, offset of each key block, 0 for those that are not left of the tile.
         inside: bool ``[b, 1, kv_len]``, keys for which a column may be credited by the last rows.
+        before: likewise, keys that the last rows may take as columns in any case: all between sinks and window.
         ladder: see ``window_ladder``.
         line_edge: int64 ``[b, 1, 1, L]``, one below the first key of each such window, seen from the first probe tile.
         costs: what candidates cost.
@@ -138,6 +161,7 @@ class ProbeFrame:
     known: Tensor
     ahead: Tensor
     inside: Tensor
+    before: Tensor
     ladder: tuple[int, ...]
     line_edge: Tensor
     costs: Costs
@@ -154,7 +178,7 @@ def probe_frame(geometry: Geometry, tiles: TileShape, device: torch.device, grou
     rows = probe_rows(g, device)[some]
     query_tiles, key_blocks, positions = -(-g.q_len // bm), -(-g.kv_len // bn), g.q_len + g.q_offset
     zone = min(LOCAL_ZONE, g.kv_len // 16)
-    sink_end = (facts.origin + (SINK_TOKENS - 1)) // bn + 1
+    sink_end = (facts.origin + (sink_tokens(bn) - 1)) // bn + 1
     first_tile = rows[:, :1, None] // bm  # [b, 1, 1]
     tile = first_tile + ramp(probe_tile_count(g, rows.shape[1], bm), device, dtype=torch.int64)
     base = (tile * bm + g.q_offset) // bn
@@ -181,6 +205,7 @@ def probe_frame(geometry: Geometry, tiles: TileShape, device: torch.device, grou
         known=(edge >= sink_end[..., None]) & (edge < key_blocks),
         ahead=(edge_base[..., None] - ramp(key_blocks, device, dtype=torch.int64)).clamp(min=0),
         inside=(j >= sink_end * bn) & (j < credited),
+        before=(j >= sink_end * bn) & (j < rows[:, :1, None] + (g.q_offset - bm)),
         ladder=ladder,
         line_edge=line_edge.clamp(0, g.kv_len)[:, :, None] - 1,
         costs=keep(_costs, (g.q_len, g.q_offset, g.kv_len, bm, bn), device),
@@ -282,7 +307,8 @@ class Search:
     def choose(self, strides: Sequence[int]) -> Found:
         """The cheapest candidate of each head."""
         g, bn, device = self.geometry, self.tiles.block_n, self.total.device
-        usable = min(max_columns(g.kv_len, bn), g.kv_len)
+        least = least_columns(g.kv_len, bn)
+        usable = max(least, min(max_columns(g.kv_len, bn), g.kv_len) - least)
         capacity = max(usable, -(-g.kv_len // MIN_STRIDE))
         order = self.credit.topk(capacity, -1)
         rank = self._diagonal_rank()
@@ -297,13 +323,31 @@ class Search:
         settings = torch.stack([part.expand_as(pattern) for family in families for part in family[1:]])
         settings = settings.unflatten(0, (len(families), -1))
         window, count, diagonals, stride, phase = settings.gather(0, pattern.expand(1, 5, -1, -1))[0].unbind(0)
+        count, window = count.clamp(min=least), window.clamp(min=min(least_window(self.tiles), self.relative.shape[-1]))
         slot = ramp(capacity, device, dtype=torch.int64)
         columns = torch.where(slot < count[..., None], order.indices, g.kv_len)
         if grid is not None:
             lines = torch.addcmul(phase[..., None], stride[..., None], slot)
             columns = torch.where(stride[..., None] > 0, lines, columns).clamp(max=g.kv_len)
-        rules = HeadRules((SINK_TOKENS,), self.frame.costs.local[window], columns=columns.int())
+        if least:
+            credit = order.values.gather(-1, count[..., None] - 1)
+            columns = torch.cat([columns, self._for_last_rows(least, credit, stride, phase)], -1)
+        rules = HeadRules((sink_tokens(bn),), self.frame.costs.local[window], columns=columns.int())
         return Found(rules, rank < diagonals[..., None], pattern, stride)
+
+    def _for_last_rows(self, count: int, credit: Tensor, stride: Tensor, phase: Tensor) -> Tensor:
+        """The heaviest keys of the last rows, int64 ``[B, HQ, count]``; ``kv_len`` for those that are columns already.
+
+        Args:
+            credit: ``[B, HQ, 1]``, that of the last column of heads that are no grid; stride, phase: ``[B, HQ]``, of
+                grids.
+        """
+        mass, keys = (self.probe.beside * self.frame.before).topk(count, -1)
+        stride, phase = stride[..., None], phase[..., None]
+        apart = torch.where(
+            stride > 0, (keys - phase) % stride.clamp(min=1) != 0, self.credit.gather(-1, keys) < credit
+        )
+        return torch.where(apart & (mass > 0), keys, self.geometry.kv_len)
 
     def _a_shape(self) -> _Best:
         window = (self.missing > self.budget[..., None]).sum(-1)  # missing only falls as the window grows
