@@ -3,6 +3,7 @@
     python examples/bench_prefill.py                      # one H100 or better: 128 K tokens, bfloat16
     python examples/bench_prefill.py --tokens 16384       # smaller
     python examples/bench_prefill.py --model mistral      # Mistral-7B's shape, sliding window of 4096 tokens
+    python examples/bench_prefill.py --search 0.12 --layers 28 --tokens 32768    # how long head search takes
     python examples/bench_prefill.py --json out.json
 
 Weights are random; structure is planted in the attention (see ``planted.py``), since without any there is nothing for a
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -117,6 +119,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[], help="variants whose name contains one of these words")
     parser.add_argument("--random", action="store_true", help="plant nothing: no head has a pattern to find")
     parser.add_argument("--model", default="qwen", choices=["qwen", "mistral"], help="whose shape; mistral: --random")
+    parser.add_argument("--search", type=float, metavar="BUDGET", help="time a head search for this budget instead")
     parser.add_argument("--json", help="write the figures to this file")
     parser.add_argument("--report", action="store_true", help="print the report of each compiled variant")
     args = parser.parse_args()
@@ -129,6 +132,9 @@ def main() -> None:
     embeddings = torch.randn(1, args.tokens, hidden, device="cuda", dtype=torch.bfloat16)
     if not args.random:
         embeddings = mark(embeddings)
+    if args.search is not None:
+        search(build(args.layers, not args.random, args.model), embeddings, args.search)
+        return
     rows: dict[str, dict[str, float]] = {}
     reference: torch.Tensor | None = None
     for name, make in variants(args.layers, not args.random, args.only, args.model).items():
@@ -162,6 +168,20 @@ def main() -> None:
     if args.json:
         figures = {"device": torch.cuda.get_device_name(), "tokens": args.tokens, "rows": rows}
         Path(args.json).write_text(json.dumps(figures, indent=1))
+
+
+def search(model: torch.nn.Module, embeddings: torch.Tensor, budget: float) -> None:
+    """Search the heads of all layers on one prompt, and print how long it took, compilation included."""
+    import mmi_compile
+
+    torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    config = mmi_compile.search(model, {"inputs_embeds": embeddings, "use_cache": False}, budget=budget)
+    seconds = time.perf_counter() - start
+    print(
+        f"{torch.cuda.get_device_name()} · torch {torch.__version__} · {embeddings.shape[1]} tokens · {config.fingerprint.describe()}"
+    )
+    print(f"head search: {seconds:.1f} s, peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
 
 
 def print_table(rows: dict[str, dict[str, float]], args: argparse.Namespace) -> None:

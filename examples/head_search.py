@@ -26,7 +26,7 @@ from needle.packages import MissingPackage
 from needle.policies import Policy, parse_tiles
 from needle.task import MOST_FRAMES, Prompt
 from rich.console import Console
-from video_needles import build_prompts, table
+from video_needles import build_prompts, table, write_scores
 
 import mmi_compile
 from mmi_compile.head_config import HeadConfig
@@ -48,6 +48,7 @@ def main(
     threads: Annotated[int, typer.Option(help="Threads of PyTorch; 0 for its own number.", min=0)] = 0,
     keep: Annotated[Path | None, typer.Option(help="File for what has been measured.")] = None,
     output: Annotated[Path | None, typer.Option(help="Folder that receives the configs.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the scores there as well.")] = None,
 ) -> None:
     """Search, then score."""
     if threads:
@@ -78,6 +79,8 @@ def main(
         print(error, file=sys.stderr)
         raise typer.Exit(2) from None
     Console().print(table(found))
+    if json_file is not None:
+        write_scores(json_file, found)
 
 
 def boundaries_of(config: HeadConfig) -> str:

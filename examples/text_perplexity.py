@@ -4,6 +4,7 @@
     python examples/text_perplexity.py --tokens 2048 --chapters 1  # a first look
     python examples/text_perplexity.py -p dense -p adaptive:0.9 --match a_shape --match vertical_slash
     python examples/text_perplexity.py --device cuda               # seconds a policy, in bfloat16
+    python examples/text_perplexity.py --device cuda --search 0.45 # heads searched on a chapter that is not scored
 
 The text is the Python Language Reference, which the standard library carries as ``pydoc_data.topics``: the chapters
 that are long enough, each from its beginning (with Python 3.11: special method names, compound statements, and the
@@ -172,6 +173,7 @@ def main(
     match: Annotated[list[str] | None, typer.Option(help="a_shape, tri_shape or vertical_slash; repeatable.")] = None,
     tokens: Annotated[int, typer.Option(help="Tokens of each chapter; the model was trained on 8 K.", min=64)] = 8192,
     chapter_count: Annotated[int, typer.Option("--chapters", help="The longest chapters.", min=1)] = 3,
+    search: Annotated[list[float] | None, typer.Option(help="Density of searched heads; repeatable.")] = None,
     device: Annotated[str, typer.Option(help="cpu in float32, or cuda in bfloat16.")] = "cpu",
     threads: Annotated[int, typer.Option(help="Threads of PyTorch; 0 for its own number.", min=0)] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows there as well.")] = None,
@@ -182,10 +184,12 @@ def main(
     try:
         policies = [parse_policy(text) for text in policy or DEFAULT]
         tokenizer, model = load_text_model()
-        texts = chapters(encoder(tokenizer), tokens, chapter_count)
+        texts = chapters(encoder(tokenizer), tokens, chapter_count + bool(search))
+        known = texts.pop(list(texts)[-1]) if search else None
         title = f"Python {platform.python_version()} reference: {', '.join(texts)} (digest {digest(texts.values())})"
         model = on_device(model, device)
         texts = {name: ids.to(device) for name, ids in texts.items()}
+        policies += [searched(model, known.to(device), share) for share in search or [] if known is not None]
         rows = run(model, policies, match or [], texts)
     except (MissingPackage, ValueError, mmi_compile.MMIError) as error:
         print(error, file=sys.stderr)
@@ -194,6 +198,12 @@ def main(
     if json_file is not None:
         data = {"text": title, "tokens": tokens, "rows": [dataclasses.asdict(row) for row in rows]}
         json_file.write_text(json.dumps(data, indent=2) + "\n")
+
+
+def searched(model: Any, ids: Tensor, density: float) -> Policy:
+    """The config that head search finds on a text for a density."""
+    config = mmi_compile.search(model, {"input_ids": ids, "use_cache": False}, budget=density, unit="tiles")
+    return Policy(f"searched, budget {density:g}", "config", config=config)
 
 
 def run(model: Any, policies: Sequence[Policy], match: Sequence[str], texts: dict[str, Tensor]) -> list[Row]:

@@ -67,7 +67,7 @@ def main(
         raise typer.Exit(2) from None
     Console().print(table(found))
     if json_file is not None:
-        json_file.write_text(json.dumps([one.to_json() for one in found], indent=2) + "\n")
+        write_scores(json_file, found)
 
 
 def build_prompts(tokenizer: Any, model: Any, frames: int, seeds: range, split: Split) -> list[Prompt]:
@@ -76,6 +76,11 @@ def build_prompts(tokenizer: Any, model: Any, frames: int, seeds: range, split: 
     image_token, place = model.config.image_token_index, next(model.parameters())
     made = (make_prompt(encode, image_token, sources, frames, seed) for seed in seeds)
     return [prompt.on(place.device, place.dtype) for prompt in made]
+
+
+def write_scores(file: Path, found: list[Score]) -> None:
+    """All fields of all scores, for programs."""
+    file.write_text(json.dumps([one.to_json() for one in found], indent=2) + "\n")
 
 
 def table(found: list[Score]) -> Table:
