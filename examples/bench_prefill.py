@@ -178,9 +178,8 @@ def search(model: torch.nn.Module, embeddings: torch.Tensor, budget: float) -> N
     start = time.perf_counter()
     config = mmi_compile.search(model, {"inputs_embeds": embeddings, "use_cache": False}, budget=budget)
     seconds = time.perf_counter() - start
-    print(
-        f"{torch.cuda.get_device_name()} · torch {torch.__version__} · {embeddings.shape[1]} tokens · {config.fingerprint.describe()}"
-    )
+    print(f"{torch.cuda.get_device_name()} · torch {torch.__version__} · {embeddings.shape[1]} tokens")
+    print(config.fingerprint.describe())
     print(f"head search: {seconds:.1f} s, peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
 
 

@@ -4,7 +4,7 @@
     python examples/text_perplexity.py --tokens 2048 --chapters 1  # a first look
     python examples/text_perplexity.py -p dense -p adaptive:0.9 --match a_shape --match vertical_slash
     python examples/text_perplexity.py --device cuda               # seconds a policy, in bfloat16
-    python examples/text_perplexity.py --device cuda --search 0.45 # heads searched on a chapter that is not scored
+    python examples/text_perplexity.py --device cuda --search 0.45 # heads searched on text that is not scored
 
 The text is the Python Language Reference, which the standard library carries as ``pydoc_data.topics``: the chapters
 that are long enough, each from its beginning (with Python 3.11: special method names, compound statements, and the
@@ -104,6 +104,19 @@ def chapters(encode: Callable[[str], Sequence[int]], tokens: int, most: int) -> 
     return found
 
 
+def following(encode: Callable[[str], Sequence[int]], tokens: int) -> Tensor:
+    """What the longest chapter holds behind the part that is scored, int64 ``[1, up to tokens]``, to search heads on.
+
+    Raises:
+        ValueError: it holds too little.
+    """
+    longest = max(topics, key=lambda name: len(topics[name]))
+    ids = torch.tensor([encode(topics[longest])[tokens : 2 * tokens]])
+    if ids.shape[1] < tokens // 4:
+        raise ValueError(f"the longest chapter has {ids.shape[1]} tokens behind the first {tokens}; give --tokens less")
+    return ids
+
+
 def digest(texts: Iterable[Tensor]) -> str:
     """Eight hexadecimal digits that tell texts of token ids apart."""
     return hashlib.sha256(b"".join(text.numpy().tobytes() for text in texts)).hexdigest()[:8]
@@ -184,8 +197,8 @@ def main(
     try:
         policies = [parse_policy(text) for text in policy or DEFAULT]
         tokenizer, model = load_text_model()
-        texts = chapters(encoder(tokenizer), tokens, chapter_count + bool(search))
-        known = texts.pop(list(texts)[-1]) if search else None
+        texts = chapters(encoder(tokenizer), tokens, chapter_count)
+        known = following(encoder(tokenizer), tokens) if search else None
         title = f"Python {platform.python_version()} reference: {', '.join(texts)} (digest {digest(texts.values())})"
         model = on_device(model, device)
         texts = {name: ids.to(device) for name, ids in texts.items()}
