@@ -13,7 +13,7 @@ from torch import fx
 from torch._dynamo.exc import RestartAnalysis, SkipFrame
 
 from mmi_compile._suggest import did_you_mean
-from mmi_compile.decision import MMIError, Reason
+from mmi_compile.decision import NO_PREFILL, MMIError, Reason
 from mmi_compile.options import OptionError, Options
 from mmi_compile.report import GraphReport, Report, SiteReport, remember
 from mmi_compile.telemetry import announce
@@ -171,10 +171,9 @@ def _needs_grad(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> bool:
 
 
 def _raise_if_left(report: GraphReport) -> None:
-    harmless = {Reason.BIDIRECTIONAL, Reason.DECODE}
     for site in report.sites:
         decision = site.decision
-        if decision is not None and decision.reason is not None and decision.reason not in harmless:
+        if decision is not None and decision.reason is not None and decision.reason not in NO_PREFILL:
             raise MMIError(f"strict: attention {site.where or site.source}: {decision}; {decision.reason.mend}")
 
 

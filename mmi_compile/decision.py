@@ -17,6 +17,10 @@ class Reason(Enum):
         "nothing to do: encoders (vision towers) are left to the inner backend",
     )
     DECODE = ("one query token: a decode step", "nothing to do: decoding is memory bound and left alone")
+    ONE_ROW = (
+        "it has one query row over keys without a cache: a pooling head, or a prompt of one token",
+        "nothing to do: one row reads every key once, and no plan would pay",
+    )
     UNKNOWN_MASK = (
         "the meaning of its mask could not be proved",
         "express the mask as causal, sliding window and padding terms, or pass is_causal=True",
@@ -78,6 +82,9 @@ class Reason(Enum):
         """Where the documentation says more: a heading of docs/reasons.md."""
         return f"docs/reasons.md#{self.name.lower()}"
 
+
+NO_PREFILL = frozenset({Reason.BIDIRECTIONAL, Reason.DECODE, Reason.ONE_ROW})
+"""Reasons of attentions that are no language model's prefill, which nobody expects to be rewritten."""
 
 GROUPED_ATTENTION = "mmi::grouped_attention"
 """The operator that exact attention under such a mask runs as."""

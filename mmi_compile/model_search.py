@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from mmi_compile import record, runtime
 from mmi_compile.backend import compile_graph
 from mmi_compile.calibrate import cost_model, tile_counts
-from mmi_compile.decision import Reason
+from mmi_compile.decision import NO_PREFILL, Reason
 from mmi_compile.environment import versions
 from mmi_compile.frontend import for_once
 from mmi_compile.head_choice import Choice, LayerResult, Mode, Scored, choose
@@ -376,9 +376,8 @@ def _why(graphs: Sequence[GraphReport]) -> str:
 
 def left_alone(graphs: Sequence[GraphReport]) -> bool:
     """Whether some prefill attention was not rewritten, or has a mask for which there are no patterns."""
-    harmless = {Reason.BIDIRECTIONAL, Reason.DECODE}
     decisions = [site.decision for graph in graphs for site in graph.sites if site.decision is not None]
-    return any(d.is_grouped or (not d.rewritten and d.reason not in harmless) for d in decisions)
+    return any(d.is_grouped or (not d.rewritten and d.reason not in NO_PREFILL) for d in decisions)
 
 
 def _segments(model: nn.Module, prompt: Mapping[str, Any]) -> tuple[VisualSegment, ...]:

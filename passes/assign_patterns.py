@@ -8,13 +8,12 @@ from itertools import pairwise
 
 from torch import fx
 
-from mmi_compile.decision import Reason
+from mmi_compile.decision import NO_PREFILL, Reason
 from mmi_compile.head_config import Fingerprint, HeadConfig
 from mmi_compile.passes.base import AttentionSite, PassContext
 from mmi_compile.passes.layer_index import layer_indices
 from mmi_compile.passes.nodes import tensor_of
 
-_NO_DECODER = (Reason.BIDIRECTIONAL, Reason.DECODE)
 """Reasons of attentions that are no prefill of a decoder layer."""
 
 
@@ -50,7 +49,7 @@ class AssignPatterns:
 def _assign_config(gm: fx.GraphModule, config: HeadConfig, context: PassContext) -> None:
     decoder: list[AttentionSite] = []
     for site in context.sites:
-        if site.decision is not None and site.decision.reason in _NO_DECODER:
+        if site.decision is not None and site.decision.reason in NO_PREFILL:
             continue
         misfit = _misfit(site, config.fingerprint)
         if not misfit:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.utils._triton import has_triton
 
 from mmi_compile.decision import Reason
 from mmi_compile.passes.base import AttentionSite, PassContext
-from mmi_compile.passes.nodes import node_argument, same, tensor_of, value_of
+from mmi_compile.passes.nodes import is_call, node_argument, same, tensor_of, value_of
 
 MAX_HEAD_DIM = 256
 _DTYPES = {
@@ -41,7 +42,7 @@ def _classify(site: AttentionSite, context: PassContext) -> None:
     if fact is None:
         return site.leave(Reason.SKIPPED, "prove_mask")
     if isinstance(q.shape[2], int) and q.shape[2] == 1:
-        return site.leave(Reason.DECODE)
+        return site.leave(Reason.DECODE if _may_be_cached(site.k) else Reason.ONE_ROW)
     if not fact.known:
         given = _given_mask(site, q.shape[2], k.shape[2])
         if given is not None:
@@ -60,6 +61,28 @@ def _classify(site: AttentionSite, context: PassContext) -> None:
     if context.needs_grad:
         return site.leave(Reason.GRAD_ENABLED)
     return _check_kernel(site, q)
+
+
+_PRODUCTS = (
+    torch.nn.functional.linear, torch.matmul, operator.matmul, torch.bmm, torch.addmm, torch.baddbmm, torch.einsum,
+    torch.conv1d, torch.conv2d, torch.nn.functional.embedding,
+)  # fmt: skip
+
+
+def _may_be_cached(keys: fx.Node) -> bool:
+    """Whether keys may come from a cache: an input of the graph that is no vector of weights is among what they are
+    made of, on this side of products with weights."""
+    todo, seen = [keys], set()
+    while todo:
+        node = todo.pop()
+        if node in seen or is_call(node, _PRODUCTS):
+            continue
+        seen.add(node)
+        tensor = tensor_of(node)
+        if node.op in ("placeholder", "get_attr") and (tensor is None or tensor.dim() > 1):
+            return True
+        todo += node.all_input_nodes
+    return False
 
 
 _SEEN_THROUGH = (

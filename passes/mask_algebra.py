@@ -140,7 +140,7 @@ class _Reading:
 
     def fact(self) -> MaskFact:
         clauses = simplify(conjunctive(self.condition), self.sizes)
-        expression = " & ".join(sorted(_text(c) for c in clauses)) or "True"
+        expression = " & ".join(_factors(clauses)) or "True"
         straight = straighten(clauses, self.reader)
         if straight != clauses:
             clauses = simplify(straight, self.sizes)
@@ -331,6 +331,11 @@ def _order(term: Term) -> tuple[int, str]:
 
 def _may_group(literal: Boolean) -> bool:
     return is_pair(literal) or is_of_rows(literal)
+
+
+def _factors(clauses: Collection[Clause]) -> list[str]:
+    """What the clauses say, one text for each; alternatives among other factors stand in brackets."""
+    return sorted(f"({_text(c)})" if len(c) > 1 and len(clauses) > 1 else _text(c) for c in clauses)
 
 
 def _text(clause: Iterable[Literal]) -> str:

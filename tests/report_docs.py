@@ -24,6 +24,9 @@ WHY: Mapping[Reason, str] = {
     Reason.DECODE: """
         A decode step reads the whole cache for one row: its time is that of reading memory, and no plan would pay.
         The same compiled model rewrites the prefill and leaves these graphs alone.""",
+    Reason.ONE_ROW: """
+        A pooling head (SigLIP has one) asks one learned query of all patches. It is told from a decode step by its
+        keys: they are computed in the graph, and nothing that was given to it is among them.""",
     Reason.UNKNOWN_MASK: """
         A mask goes away only when what it means is proved, as an expression over positions and padding. The detail
         names the node at which the proof stopped: a mask that is learned or looked up, a bias such as ALiBi, a mask

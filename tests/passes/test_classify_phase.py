@@ -78,6 +78,21 @@ def test_one_query_token_is_a_decode_step(mask):
     assert (site.decision.reason, site.phase) == (Reason.DECODE, "decode")
 
 
+@pytest.mark.parametrize("past", [False, True])
+def test_one_row_over_keys_that_the_graph_computes_is_no_decode_step(past):
+    """A pooling head; with ``past`` keys before its own, a decode step."""
+
+    def function(q, x, weight, scale, *before):
+        k = (x @ weight * scale).unflatten(-1, (2, -1)).transpose(1, 2)
+        k = torch.cat([*before, k], 2) if before else k
+        return F.scaled_dot_product_attention(q, k, k)
+
+    made = torch.randn(1, N, 6), torch.randn(6, 16), torch.randn(16)
+    site = site_of(function, heads(1), *made, *[heads()] * past)
+    expected = (Reason.DECODE, "decode") if past else (Reason.ONE_ROW, "unclassified")
+    assert (site.decision.reason, site.phase) == expected
+
+
 def test_attention_without_a_mask_is_bidirectional():
     site = site_of(lambda q, k, v: F.scaled_dot_product_attention(q, k, v), heads(), heads(), heads())
     assert (site.decision.reason, site.phase) == (Reason.BIDIRECTIONAL, "encoder")

@@ -358,6 +358,23 @@ def test_forms_that_are_refused(name: str, dynamic: bool) -> None:
     assert REFUSED[name][1] in fact.detail
 
 
+def outside_brackets(expression: str) -> str:
+    """The expression without what stands in its brackets."""
+    depth, kept = 0, ""
+    for letter in expression:
+        depth += letter in "(["
+        kept += letter if not depth else ""
+        depth -= letter in ")]"
+    return kept
+
+
+def test_alternatives_among_other_factors_are_printed_in_brackets() -> None:
+    expressions = [fact.expression for fact in facts_of("proved", False).values()]
+    mixed = [text for text in expressions if " & " in text and " | " in text]
+    assert mixed
+    assert not [text for text in mixed if "&" in outside_brackets(text) and "|" in outside_brackets(text)]
+
+
 def test_padding_is_the_node_that_holds_it() -> None:
     for name, expected in (("padding != 0", "l_p_"), ("padding == 1", "eq"), ("bool padding", "l_p_")):
         fact = prove_form(PROVED[name][0], False)
