@@ -6,6 +6,7 @@ Exit codes: 0 all went well, 1 a measurement failed, 2 the command line cannot b
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -292,10 +293,16 @@ _OPTION = typer.Option(
 )
 
 
+_IMPORT = typer.Option(
+    "--import", metavar="MODULE|FILE.py", help="Import it first, for the patterns that it registers; repeatable."
+)
+
+
 @app.command()
 def explain(
     script: Annotated[str, typer.Argument(metavar="SCRIPT.py:FUNCTION", help="A function that returns model, inputs.")],
     option: Annotated[list[str] | None, _OPTION] = None,
+    modules: Annotated[list[str] | None, _IMPORT] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON (see docs/report.md).")] = False,
     html: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Write the report as a page.")] = None,
     svg: Annotated[
@@ -311,6 +318,7 @@ def explain(
     With `-o dump=FOLDER`, the graph after every pass is written as a Python file that runs. To find a pass at fault,
     leave passes out: `-o passes_until=prove_mask` or `-o skip_passes=find_modality,cleanup`.
     """
+    _import(modules)
     report = _explained(script, option, {}, [html, svg], timed=time)
     for path, made in ((html, report.html), (svg, report.svg)):
         if path is not None:
@@ -385,8 +393,6 @@ def _verify_table(told: list[tuple[int | None, str, dict[str, Any]]]) -> Any:
 def _explained(
     script: str, given: list[str] | None, more: dict[str, Any], files: list[Path | None], *, timed: bool = False
 ) -> Any:
-    import os
-
     import mmi_compile
     from mmi_compile.decision import MMIError
     from mmi_compile.options import OptionError, Options, env_name
@@ -451,6 +457,25 @@ def _built(place: str) -> tuple[Any, Any]:
     return built
 
 
+def _import(places: list[str] | None) -> None:
+    """Import modules by name, from the current folder too, and run files, which may import their neighbours."""
+    import importlib
+    import runpy
+
+    for place in places or []:
+        path = Path(place)
+        is_file = path.suffix == ".py"
+        if is_file and not path.is_file():
+            raise CommandError(f"--import: there is no file {place!r}; give a module, or the path of a Python file")
+        sys.path.insert(0, str(path.absolute().parent) if is_file else str(Path.cwd()))
+        try:
+            runpy.run_path(str(path), run_name=path.stem) if is_file else importlib.import_module(place)
+        except Exception as error:  # whatever the user's module does
+            raise CommandError(f"--import {place} failed: {type(error).__name__}: {error}", FAILURE) from error
+        finally:
+            sys.path.pop(0)
+
+
 @app.command()
 def show(
     file: Annotated[Path, typer.Argument(metavar="FILE.json", help="A head config, or a report that was saved.")],
@@ -458,16 +483,19 @@ def show(
         Path | None, typer.Option("--png", metavar="FILE.png", help="Write the map of a head config as a picture.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the file, validated, as JSON instead.")] = False,
+    modules: Annotated[list[str] | None, _IMPORT] = None,
 ) -> None:
     """Show a head config: the pattern and boundary of every head, and how recall and density are spread.
 
-    A report that `mmi explain --json` wrote is shown as well: what happened to each attention, and why.
+    A report that `mmi explain --json` wrote is shown as well: what happened to each attention, and why. Patterns of
+    your own are known once what registers them is imported: `mmi show heads.json --import patterns.py`.
     """
     from mmi_compile.decision import MMIError
     from mmi_compile.head_config import HeadConfig
     from mmi_compile.report_file import load_report, saved_text
     from mmi_compile.show import save_png, terminal_map
 
+    _import(modules)
     try:
         if _holds_report(file):
             if png is not None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import json
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,7 @@ from rich.console import Console
 from mmi_compile import cli, show
 from mmi_compile.decision import MMIError
 from mmi_compile.head_config import Fingerprint, HeadConfig, HeadEntry, Provenance
+from mmi_compile.kernels import patterns
 from mmi_compile.kernels.patterns import AShape, BlockTopK, ByModality, Dense, Grid, TriShape, VerticalSlash
 
 ENTRIES = (
@@ -88,6 +92,69 @@ def test_the_command_refuses_what_is_no_config(tmp_path: Path, capsys: pytest.Ca
     assert "bad.json" in capsys.readouterr().err
     CONFIG.save(tmp_path / "good.json")
     assert cli.main(["show", str(tmp_path / "good.json")]) == 0
+
+
+PATTERNS = """
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import neighbour
+import mmi_compile
+
+@mmi_compile.register_pattern
+@dataclass(frozen=True)
+class Every(mmi_compile.OwnPattern):
+    step: int
+    name: ClassVar[str] = neighbour.NAME
+
+    def columns(self, keys: int) -> range:
+        return range(0, keys, self.step)
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder with a head config that names a pattern, and the file that registers it; forgotten afterwards."""
+    monkeypatch.setattr(patterns, "_KINDS", dict(patterns._KINDS))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "own_patterns.py").write_text(PATTERNS)
+    (tmp_path / "neighbour.py").write_text('NAME = "every"')
+    heads = [{"count": 2, "pattern": {"pattern": "every", "step": 7}}]
+    data = {"version": 1, "fingerprint": {"layers": 1, "q_heads": 2, "kv_heads": 1, "head_dim": 8}}
+    (tmp_path / "heads.json").write_text(json.dumps({**data, "layers": [{"heads": heads}]}))
+    yield tmp_path
+    for name in ("own_patterns", "neighbour"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("place", ["own_patterns", "own_patterns.py"])
+def test_patterns_of_ones_own_are_imported_first(
+    place: str, own: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(own)
+    assert cli.main(["show", "heads.json"]) == 2
+    assert "pattern 'every'" in capsys.readouterr().err
+    assert cli.main(["show", "heads.json", "--import", place]) == 0
+    assert "every × 2" in capsys.readouterr().out
+    assert cli.main(["show", "heads.json", "--import", place, "--png", "map.png"]) == 0
+    assert Path("map.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("place", "words", "code"),
+    [("absent.py", "no file 'absent.py'", 2), ("no_such_module", "No module named", 1), ("bad.py", "SyntaxError", 1)],
+)
+def test_what_cannot_be_imported_is_said_in_one_line(
+    place: str, words: str, code: int, own: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(own)
+    Path("bad.py").write_text("def")
+    assert cli.main(["show", "heads.json", "--import", place]) == code
+    error = capsys.readouterr().err
+    assert words in error
+    assert len(error.strip().splitlines()) == 1
 
 
 @pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")
