@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,8 +24,9 @@ FAILURE, USAGE = 1, 2
 
 _ABOUT = """MMInference for torch.compile: sparse prefill for vision-language models.
 
-Begin with `mmi explain script.py:build`, where build() returns a model and a dict of its forward arguments: it says
-what happens to each attention, and why. `mmi doctor` checks this installation.
+Begin with `mmi explain script.py:build`, where build() returns a model and a dict of its forward arguments, or with
+`mmi explain config.json` for a Hugging Face config without weights: it says what happens to each attention, and why.
+`mmi doctor` checks this installation.
 
 Exit codes: 0 all went well; 1 something failed, or was found wanting; 2 the command line cannot be used.
 """
@@ -300,7 +302,13 @@ _IMPORT = typer.Option(
 
 @app.command()
 def explain(
-    script: Annotated[str, typer.Argument(metavar="SCRIPT.py:FUNCTION", help="A function that returns model, inputs.")],
+    script: Annotated[
+        str,
+        typer.Argument(
+            metavar="SCRIPT.py:FUNCTION|CONFIG.json|FOLDER",
+            help="A function that returns model, inputs; or a Hugging Face config, or a folder that holds config.json.",
+        ),
+    ],
     option: Annotated[list[str] | None, _OPTION] = None,
     modules: Annotated[list[str] | None, _IMPORT] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON (see docs/report.md).")] = False,
@@ -312,14 +320,23 @@ def explain(
     time: Annotated[
         bool, typer.Option("--time", help="Run a second time, and measure every stage of the rewritten attentions.")
     ] = False,
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="With a config: tokens of the prompt; more where an image or a window needs them [512].", min=2
+        ),
+    ] = None,
 ) -> None:
     """Say what happens to each attention of a model, and why.
+
+    A Hugging Face config needs no weights: a model with few of its layers and random weights is built, one layer of
+    every kind among them, with the heads, masks and token ids of the config. The report says what was shrunk.
 
     With `-o dump=FOLDER`, the graph after every pass is written as a Python file that runs. To find a pass at fault,
     leave passes out: `-o passes_until=prove_mask` or `-o skip_passes=find_modality,cleanup`.
     """
     _import(modules)
-    report = _explained(script, option, {}, [html, svg], timed=time)
+    report = _explained(script, option, {}, [html, svg], timed=time, tokens=tokens)
     for path, made in ((html, report.html), (svg, report.svg)):
         if path is not None:
             _write(path, made())
@@ -391,8 +408,9 @@ def _verify_table(told: list[tuple[int | None, str, dict[str, Any]]]) -> Any:
 
 
 def _explained(
-    script: str, given: list[str] | None, more: dict[str, Any], files: list[Path | None], *, timed: bool = False
-) -> Any:
+    script: str, given: list[str] | None, more: dict[str, Any], files: list[Path | None], *, timed: bool = False,
+    tokens: int | None = None,
+) -> Any:  # fmt: skip
     import mmi_compile
     from mmi_compile.decision import MMIError
     from mmi_compile.options import OptionError, Options, env_name
@@ -413,16 +431,19 @@ def _explained(
     except OptionError as error:
         raise CommandError(str(error)) from None
     options = {name: getattr(chosen, name) for name in vars(chosen)} | more
-    model, inputs = _built(script)
+    model, inputs, subject = _subject(script, tokens)
     prompt = inputs[0] if isinstance(inputs, list | tuple) and inputs else inputs
     if not isinstance(prompt, dict):
         raise CommandError(f"{script} must return the model and a dict of its forward arguments, or a list of them")
+    _quiet_dynamo()
     try:
         if timed:
             from mmi_compile.report_time import explain_timed
 
-            return explain_timed(model, options, prompt)
-        return mmi_compile.explain(model, options=options, **prompt)
+            report = explain_timed(model, options, prompt)
+        else:
+            report = mmi_compile.explain(model, options=options, **prompt)
+        return replace(report, subject=subject)
     except Exception as error:
         # What a backend raises, Dynamo wraps.
         cause = getattr(error, "inner_exception", None) or error
@@ -430,6 +451,29 @@ def _explained(
             raise CommandError(str(cause), USAGE if isinstance(cause, OptionError) else FAILURE) from None
         first = (str(error).strip() or "no message").splitlines()[0]
         raise CommandError(f"the model of {script} failed: {type(error).__name__}: {first}", FAILURE) from error
+
+
+def _quiet_dynamo() -> None:
+    """Unless logs are asked for, leave it to the report to tell of graph breaks."""
+    import logging
+
+    if "TORCH_LOGS" not in os.environ:
+        logging.getLogger("torch._dynamo").setLevel(logging.ERROR)
+
+
+def _subject(place: str, tokens: int | None) -> tuple[Any, Any, str]:
+    """A model, its inputs or a list of them, and what they are in words; from a script, or from a config."""
+    from mmi_compile.hf_config import ConfigFileError, is_config, sample
+
+    if not is_config(place):
+        if tokens is not None:
+            raise CommandError("--tokens is for configs: a script makes its own inputs")
+        return *_built(place), place
+    try:
+        made = sample(place, **({} if tokens is None else {"tokens": tokens}))
+    except ConfigFileError as error:
+        raise CommandError(str(error), USAGE if error.usage else FAILURE) from None
+    return made.model, made.inputs, str(made)
 
 
 def _built(place: str) -> tuple[Any, Any]:
@@ -440,6 +484,8 @@ def _built(place: str) -> tuple[Any, Any]:
     path = Path(name)
     if not path.is_file():
         raise CommandError(f"there is no script {name!r}; give SCRIPT.py:FUNCTION")
+    if path.suffix == ".json":
+        raise CommandError(f"{name} is no script; a config has no weights, without which there is nothing to measure")
     sys.path.insert(0, str(path.absolute().parent))  # a script may import its neighbours
     try:
         found = runpy.run_path(str(path), run_name=path.stem).get(function)

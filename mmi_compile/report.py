@@ -270,11 +270,15 @@ def _inputs_of_padding(context: PassContext) -> set[str]:
 class Report:
     """All graphs of one compilation or explanation.
 
-    ``stages`` holds measured times where someone asked for them (:func:`mmi_compile.report_time.stage_times`).
+    Attributes:
+        stages: measured times, where someone asked for them (:func:`mmi_compile.report_time.stage_times`).
+        subject: what was explained, in words, where the command line named it: a script, or a config and what was
+            shrunk of it (:class:`mmi_compile.hf_config.Sample`).
     """
 
     graphs: Sequence[GraphReport]
     stages: Sequence[StageTime] = ()
+    subject: str = ""
 
     @property
     def sites(self) -> list[SiteReport]:
@@ -323,6 +327,7 @@ class Report:
             "schema": SCHEMA_VERSION,
             "version": __version__,
             "summary": self.summary(),
+            "subject": self.subject,
             "options": options_to_json(self.graphs[0].options) if self.graphs else {},
             "versions": versions(),
             "stages": [stage.to_json() for stage in self.stages],

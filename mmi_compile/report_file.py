@@ -82,6 +82,7 @@ def _missing(value: Any, schema: Mapping[str, Any], place: str = "") -> str:
 def saved_text(data: Mapping[str, Any]) -> str:
     """A saved report in a few lines: its summary, and each attention with its decision and mend."""
     lines = [f"mmi_compile {data['version']} · policy {data['options'].get('policy', '-')} · {data['summary']}"]
+    lines += [f"of {data['subject']}"] if data.get("subject") else []
     for graph in data["graphs"]:
         if not graph["attentions"] and not graph["failure"]:
             continue

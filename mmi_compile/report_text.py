@@ -22,6 +22,10 @@ def render(report: Report) -> str:
     """Summary line first, then one block per graph that holds attention."""
     policy = report.graphs[0].options.policy if report.graphs else "-"
     lines = [f"mmi_compile {__version__} · policy {policy} · {report.summary()}"]
+    lines += textwrap.wrap(
+        f"of {report.subject}" if report.subject else "", WIDTH, subsequent_indent="   ",
+        break_long_words=False, break_on_hyphens=False,
+    )  # fmt: skip
     config = report.graphs[0].options.head_config if report.graphs else None
     if config is not None:
         lines.append(f"head config for {config.fingerprint.describe()}; from {config.provenance.describe()}")
