@@ -263,6 +263,7 @@ def search(
 
     if not output.absolute().parent.is_dir():
         raise CommandError(f"cannot write {output}: there is no folder {output.parent}")
+    _needs_weights(script)
     model, inputs = _built(script)
     partial = resume or output.with_name(f"{output.name}.partial")
     chosen: dict[str, Any] = {"mode": mode, "unit": unit, "rows": rows, "merge": merge}
@@ -375,6 +376,7 @@ def verify(
     as_json: Annotated[bool, typer.Option("--json", help="Print recall and error of every head as JSON.")] = False,
 ) -> int:
     """Compare every sparse head with exact attention on some rows of the prompt."""
+    _needs_weights(script)
     report = _explained(script, option, {"verify": 1.0, "guard_rows": rows}, [])
     if not report.sites:
         raise CommandError(_no_attention(report), FAILURE)
@@ -435,14 +437,14 @@ def _explained(
     prompt = inputs[0] if isinstance(inputs, list | tuple) and inputs else inputs
     if not isinstance(prompt, dict):
         raise CommandError(f"{script} must return the model and a dict of its forward arguments, or a list of them")
-    _quiet_dynamo()
     try:
-        if timed:
-            from mmi_compile.report_time import explain_timed
+        with _breaks_untold():
+            if timed:
+                from mmi_compile.report_time import explain_timed
 
-            report = explain_timed(model, options, prompt)
-        else:
-            report = mmi_compile.explain(model, options=options, **prompt)
+                report = explain_timed(model, options, prompt)
+            else:
+                report = mmi_compile.explain(model, options=options, **prompt)
         return replace(report, subject=subject)
     except Exception as error:
         # What a backend raises, Dynamo wraps.
@@ -453,12 +455,19 @@ def _explained(
         raise CommandError(f"the model of {script} failed: {type(error).__name__}: {first}", FAILURE) from error
 
 
-def _quiet_dynamo() -> None:
-    """Unless logs are asked for, leave it to the report to tell of graph breaks."""
+@contextmanager
+def _breaks_untold() -> Iterator[None]:
+    """Leaves it to the report to tell of graph breaks, unless logs are asked for."""
     import logging
 
+    logger = logging.getLogger("torch._dynamo")
+    level = logger.level
     if "TORCH_LOGS" not in os.environ:
-        logging.getLogger("torch._dynamo").setLevel(logging.ERROR)
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _subject(place: str, tokens: int | None) -> tuple[Any, Any, str]:
@@ -476,6 +485,13 @@ def _subject(place: str, tokens: int | None) -> tuple[Any, Any, str]:
     return made.model, made.inputs, str(made)
 
 
+def _needs_weights(place: str) -> None:
+    from mmi_compile.hf_config import is_config
+
+    if is_config(place):
+        raise CommandError(f"{place}: a config has no weights, so there is nothing to measure; give SCRIPT.py:FUNCTION")
+
+
 def _built(place: str) -> tuple[Any, Any]:
     """What ``FUNCTION`` of ``SCRIPT.py:FUNCTION`` returns: a model, and its inputs or a list of them."""
     import runpy
@@ -484,8 +500,6 @@ def _built(place: str) -> tuple[Any, Any]:
     path = Path(name)
     if not path.is_file():
         raise CommandError(f"there is no script {name!r}; give SCRIPT.py:FUNCTION")
-    if path.suffix == ".json":
-        raise CommandError(f"{name} is no script; a config has no weights, without which there is nothing to measure")
     sys.path.insert(0, str(path.absolute().parent))  # a script may import its neighbours
     try:
         found = runpy.run_path(str(path), run_name=path.stem).get(function)

@@ -37,7 +37,7 @@ def prompts(model: nn.Module, config: Any, tokens: int) -> Iterator[Prompt]:
     takes = set(inspect.signature(model.forward).parameters)
     text = config.get_text_config()
     window = _window(text)
-    note = f", which are not more than the window of {window}" if tokens <= window > _LONGEST_WINDOW else ""
+    note = f" (shorter than the window of {window})" if tokens <= window > _LONGEST_WINDOW else ""
     tokens = max(tokens, window + 64) if window <= _LONGEST_WINDOW else tokens
     tokens = min(tokens, getattr(text, "max_position_embeddings", None) or tokens)
     dtype = getattr(model, "dtype", torch.float32)
@@ -52,7 +52,7 @@ def prompts(model: nn.Module, config: Any, tokens: int) -> Iterator[Prompt]:
         seen = ", no image" if _named(config, _IMAGE_TOKENS) else ""
         words = f"a text prompt of {tokens} tokens{note}{seen}"
         yield Prompt(plain, words)
-        if "pixel_values" in takes:
+        if "pixel_values" in takes and not seen:
             for pixels in _pictures(config, takes):
                 yield Prompt({**plain, **_cast(pixels, dtype)}, f"{words} and an image")
     elif "pixel_values" in takes:
@@ -173,7 +173,7 @@ def _sides(vision: Any, patch: int) -> list[int]:
     """Sides of an image, in pixels: the config's, and a smaller one for towers that take any size."""
     side = getattr(vision, "image_size", None)
     own = [_side(side)] if side else []
-    return [*(x for x in own if (x // patch) ** 2 <= _MANY_PATCHES), 28 * patch, *own]
+    return list(dict.fromkeys([*(x for x in own if (x // patch) ** 2 <= _MANY_PATCHES), 28 * patch, *own]))
 
 
 def _image_features(model: nn.Module) -> Callable[..., Any] | None:
@@ -187,11 +187,12 @@ def _feature_count(function: Callable[..., Any], pixels: Mapping[str, Tensor]) -
     takes = inspect.signature(function).parameters
     open_ended = any(p.kind is p.VAR_KEYWORD for p in takes.values())
     found = function(**{name: x for name, x in pixels.items() if name in takes or open_ended})
-    pooled = getattr(found, "pooler_output", None)
-    return _rows(found if pooled is None else pooled)
+    outputs = (getattr(found, name, None) for name in ("pooler_output", "last_hidden_state"))
+    return _rows(next((output for output in outputs if output is not None), found))
 
 
 def _rows(features: Any) -> int:
+    """Rows of a tensor ``[…, width]``, or of all tensors of a list."""
     if isinstance(features, Tensor):
         return math.prod(features.shape[:-1])
     return sum(map(_rows, features))

@@ -43,8 +43,8 @@ _MLPS = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "ffn_size", "mlp_dim
 """What names of the width of an MLP hold."""
 
 _AUTO = (
-    "AutoModelForImageTextToText", "AutoModelForMultimodalLM", "AutoModelForCausalLM", "AutoModelForSpeechSeq2Seq",
-    "AutoModelForSeq2SeqLM", "AutoModel",
+    "AutoModelForImageTextToText", "AutoModelForSpeechSeq2Seq", "AutoModelForSeq2SeqLM", "AutoModelForMultimodalLM",
+    "AutoModelForCausalLM", "AutoModel",
 )  # fmt: skip
 
 Config = Any
@@ -111,6 +111,8 @@ def sample(place: str | Path, tokens: int = 512) -> Sample:
                 model, more = _built(smaller, path)
                 prompt = _first_that_runs(model, smaller, tokens)
             except ConfigFileError:
+                if problems:
+                    break
                 raise
             except Exception as error:  # whatever the model's code does with such a config
                 problems.append(error)
@@ -189,7 +191,7 @@ def _shrunk(config: Config, widths: bool) -> tuple[Config, list[str]]:
     told: list[str] = []
     for prefix, part in _parts(config):
         told += [prefix + change for change in _cut_layers(part, _layers_asked_for(config, prefix))]
-        if widths:
+        if widths and "vision" not in prefix:  # towers are small, and some tie this width to that of their features
             told += [prefix + change for change in _narrow(part)]
     return config, told
 
@@ -294,9 +296,9 @@ def _built(config: Config, path: Path) -> tuple[nn.Module, list[str]]:
     kind = _class(config, path)
     dtype = config.dtype or getattr(config.get_text_config(), "dtype", None)
     make = partial(kind._from_config, config, **({} if dtype is None else {"dtype": dtype}))
-    vocabularies = {(size,) for _, part in _parts(config) for size in _vocabularies(part)}
+    vocabularies = {size for _, part in _parts(config) for size in _vocabularies(part)}
     with torch.device("meta"):
-        sizes = [p.nbytes for p in make().parameters() if tuple(p.shape[:1]) not in vocabularies]
+        sizes = [p.nbytes for p in make().parameters() if not {*p.shape[:1]} & vocabularies]
     gib = sum(sizes) / 2**30
     if gib > MAX_GIB:
         raise ConfigFileError(f"{path}: {config.model_type} takes {gib:.0f} GiB even with few layers; explain a script")
@@ -329,7 +331,7 @@ def _vocabularies(config: Config) -> Iterator[int]:
 class _RowsToCome(TorchFunctionMode):
     """Makes matrices with a row for each token of a vocabulary without memory, on the device ``meta``."""
 
-    def __init__(self, vocabularies: set[tuple[int, ...]]) -> None:
+    def __init__(self, vocabularies: set[int]) -> None:
         super().__init__()
         self.vocabularies = vocabularies
 
@@ -337,7 +339,7 @@ class _RowsToCome(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch.empty and args:
             sizes = tuple(args[0]) if isinstance(args[0], list | tuple) else args
-            if len(sizes) == 2 and sizes[:1] in self.vocabularies:
+            if len(sizes) == 2 and sizes[0] in self.vocabularies:
                 kwargs = {**kwargs, "device": "meta"}
         return func(*args, **kwargs)
 
@@ -366,7 +368,7 @@ def _share_rows(model: nn.Module) -> list[str]:
                     numbers = 0.02 * torch.randn(sum(weight.shape) - 1, dtype=weight.dtype)
                     made[weight] = nn.Parameter(numbers.as_strided(weight.shape, (1, 1)), requires_grad=False)
                 module._parameters[name] = made[weight]
-    return [f"embeddings of {weight.shape[0]} tokens in {sum(weight.shape) - 1} numbers" for weight in made.values()]
+    return [f"embeddings of {weight.shape[0]} tokens share their memory" for weight in made.values()]
 
 
 def _first_that_runs(model: nn.Module, config: Config, tokens: int) -> Prompt:
