@@ -116,8 +116,8 @@ of prompts only which tokens are text, image or video.
 ## From a config
 
 `mmi explain config.json`, or the folder that holds one, explains a Hugging Face model of which there is nothing but its
-config: no weights are read and nothing is downloaded. transformers' own class is built with random weights and runs once
-on the CPU, and `subject` names everything that is smaller than in the config:
+config: no weights are read and nothing is downloaded. transformers' own class is built with random weights and runs
+once on the CPU, and `subject` names everything that is smaller than in the config:
 
 ```text
 of config.json: Gemma3ForConditionalGeneration (gemma3), random weights, a prompt of 1088 tokens, 256 of them
@@ -125,14 +125,14 @@ of config.json: Gemma3ForConditionalGeneration (gemma3), random weights, a promp
 ```
 
 * **Kept**: numbers of heads, head dims, hidden sizes, kinds of masks, sliding windows, token ids, dtype.
-* **Shrunk**: layers, to the first two and one of every kind that the config tells apart (`layer_types`, windowed layers of
-  a vision tower, layers that share keys), so that numbers of layers in the report count those that are left; the widths of
-  MLPs, outside vision towers; the memory of embeddings; the output layer.
+* **Shrunk**: layers, to the first two and one of every kind that the config tells apart (`layer_types`, windowed layers
+  of a vision tower, layers that share keys), so that numbers of layers in the report count those that are left; the
+  widths of MLPs, outside vision towers; the memory of embeddings; the output layer.
 * **The prompt** has an image wherever one is found that the model runs on, else it is text, and `subject` says so. Its
   length is `--tokens`, or more where an image, or a sliding window of up to 4096 tokens, would not be seen otherwise.
 
 What is proved of masks, phases and shapes holds for the model itself. Patterns, densities and times are those of random
-weights, and say nothing of it: give a script that loads the weights for those, as `mmi search` and `mmi verify` must have.
+weights, and say nothing of it: for those, give a script that loads the weights, as `mmi search` and `mmi verify` want.
 """
 
 
