@@ -33,6 +33,7 @@ from mmi_compile.kernels.launch import compile_kernel_ahead, device_arch, dtype_
 from mmi_compile.kernels.probe import LAST_Q, row_weights
 from mmi_compile.kernels.segments import Segments
 from mmi_compile.kernels.spec import canonical_arch, padded_head_dim, supported
+from mmi_compile.profiling import span
 
 ALL_KEYS = -1
 """In place of a key modality: keys in order."""
@@ -152,6 +153,7 @@ def newest_keys(segments: Segments, positions: Tensor) -> Tensor:
     return (seen - 1).view(*seen.shape[:2], *positions.shape[1:])
 
 
+@span("mmi::probe")
 def run_modality_probe(
     q: Tensor, k: Tensor, geometry: Geometry, scale: float, segments: Segments, asked: Iterable[Asked],
     last_q: int = LAST_Q,

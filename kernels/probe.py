@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmi_compile.kernels.geometry import Geometry
+from mmi_compile.profiling import span
 
 LAST_Q = 64
 """Query rows in the probe, as in both papers."""
@@ -139,6 +140,7 @@ def top_peaks(excess: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return heaviest.values, heaviest.indices
 
 
+@span("mmi::probe")
 def run_probe(
     q: Tensor,
     k: Tensor,

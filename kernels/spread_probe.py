@@ -24,6 +24,7 @@ from mmi_compile.kernels.launch import compile_kernel_ahead, device_arch
 from mmi_compile.kernels.modality_probe import ModalityTiles, PackedRows, argument_type, modality_tiles
 from mmi_compile.kernels.probe import first_live_key, last_live_position, visible_keys, visible_scores
 from mmi_compile.kernels.spec import padded_head_dim
+from mmi_compile.profiling import span
 
 SPREAD_GROUPS = 16
 """Groups of rows that choose; as many check."""
@@ -137,6 +138,7 @@ class SpreadCall:
     tiles: ModalityTiles | None = None
 
 
+@span("mmi::probe")
 def run_spread_probe(
     q: Tensor, k: Tensor, geometry: Geometry, scale: float, spread: SpreadRows, block_n: int
 ) -> SpreadProbe:

@@ -438,13 +438,12 @@ def _explained(
     if not isinstance(prompt, dict):
         raise CommandError(f"{script} must return the model and a dict of its forward arguments, or a list of them")
     try:
-        with _breaks_untold():
-            if timed:
-                from mmi_compile.report_time import explain_timed
+        if timed:
+            from mmi_compile.report_time import explain_timed
 
-                report = explain_timed(model, options, prompt)
-            else:
-                report = mmi_compile.explain(model, options=options, **prompt)
+            report = explain_timed(model, options, prompt)
+        else:
+            report = mmi_compile.explain(model, options=options, **prompt)
         return replace(report, subject=subject)
     except Exception as error:
         # What a backend raises, Dynamo wraps.
@@ -453,21 +452,6 @@ def _explained(
             raise CommandError(str(cause), USAGE if isinstance(cause, OptionError) else FAILURE) from None
         first = (str(error).strip() or "no message").splitlines()[0]
         raise CommandError(f"the model of {script} failed: {type(error).__name__}: {first}", FAILURE) from error
-
-
-@contextmanager
-def _breaks_untold() -> Iterator[None]:
-    """Leaves it to the report to tell of graph breaks, unless logs are asked for."""
-    import logging
-
-    logger = logging.getLogger("torch._dynamo")
-    level = logger.level
-    if "TORCH_LOGS" not in os.environ:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _subject(place: str, tokens: int | None) -> tuple[Any, Any, str]:

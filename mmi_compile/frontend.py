@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -109,7 +111,7 @@ def for_once(model: nn.Module, backend: Any) -> Iterator[Callable[..., Any]]:
 
     Compiled state that the model has is set aside meanwhile and is left as it was.
     """
-    with _uncompiled(model), _apart(model, backend), _unlimited():
+    with _uncompiled(model), _apart(model, backend), _unlimited(), _breaks_untold():
         yield counting_on_the_host(torch.compile(model, backend=backend, **_ISOLATED))
 
 
@@ -125,6 +127,19 @@ def _unlimited() -> AbstractContextManager[None]:
         recompile_limit=sys.maxsize, accumulated_recompile_limit=sys.maxsize
     )
     return patched
+
+
+@contextmanager
+def _breaks_untold() -> Iterator[None]:
+    """Leave it to the report to tell of graph breaks, unless logs are asked for."""
+    logger = logging.getLogger("torch._dynamo")
+    level = logger.level
+    if "TORCH_LOGS" not in os.environ:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 @contextmanager

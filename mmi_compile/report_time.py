@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 STAGES = {
     "mmi::attention": "attention, all stages",
     "mmi::plan": "probe and plan",
+    "mmi::probe": "probes alone",
     "mmi::kernel": "sparse kernel",
     "mmi::guard": "guard",
     "mmi::key_bounds": "padding",

@@ -3,7 +3,8 @@
 * ``TORCH_LOGS="+mmi_compile"``: one line a graph, and with ``+`` one for each attention.
 * ``torch._dynamo.utils.counters["mmi"]``: graphs, attentions, rewritten ones, and those left alone by reason.
 * ``TORCH_TRACE=folder``: the report and the rewritten graph as artifacts, which tlparse lists beside PyTorch's own.
-* profilers: ranges ``mmi::plan`` and ``mmi::kernel`` in every sparse attention; see ``profiling.span``.
+* profilers: ranges ``mmi::plan`` (with ``mmi::probe`` inside) and ``mmi::kernel`` in every sparse attention; see
+  ``profiling.span``.
 """
 
 from __future__ import annotations

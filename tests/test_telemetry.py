@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import logging
 import os
 import subprocess
@@ -67,7 +67,7 @@ def test_telling_never_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     run()
 
 
-def test_profiles_show_plan_and_kernel() -> None:
+def test_profiles_show_probe_plan_and_kernel() -> None:
     model, inputs = models.build("qwen2", tokens=130, shape=models.Shape(layers=1))
     compiled = torch.compile(model, backend="mminference", options={"inner": "eager", "min_tokens": 0})
     with torch.no_grad():
@@ -75,5 +75,28 @@ def test_profiles_show_plan_and_kernel() -> None:
         with torch.profiler.profile() as profile:
             compiled(**inputs)
     names = {event.key for event in profile.key_averages()}
-    assert {"mmi::plan", "mmi::kernel"} <= names
-    assert json.dumps(sorted(names))
+    assert {"mmi::plan", "mmi::probe", "mmi::kernel"} <= names
+    (probe,) = {event.cpu_parent.name for event in profile.events() if event.name == "mmi::probe"}
+    assert probe == "mmi::plan"
+
+
+@pytest.mark.parametrize("profiled", [False, True])
+def test_ranges_cost_nothing_unless_a_profiler_or_nvtx_asks(profiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``emit_nvtx`` needs a GPU; it answers the same question, and its ranges are those of ``record_function``."""
+    told: list[str] = []
+
+    def record(name: str) -> contextlib.AbstractContextManager[None]:
+        told.append(name)
+        return contextlib.nullcontext()
+
+    attention = torch.compile(
+        lambda q: torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True),
+        backend="mminference", options={"inner": "eager", "min_tokens": 0},
+    )  # fmt: skip
+    q = torch.randn(1, 1, 300, 16)
+    attention(q)
+    with monkeypatch.context() as patched:
+        patched.setattr(torch._C._autograd, "_profiler_enabled", lambda: profiled)
+        patched.setattr(torch.profiler, "record_function", record)
+        attention(q)
+    assert {"mmi::plan", "mmi::probe", "mmi::kernel"} <= set(told) if profiled else not told
