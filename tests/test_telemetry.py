@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+import mmi_compile
 from mmi_compile import telemetry
 from mmi_compile.report import GraphReport
 from tests import models
@@ -78,6 +79,27 @@ def test_profiles_show_probe_plan_and_kernel() -> None:
     assert {"mmi::plan", "mmi::probe", "mmi::kernel"} <= names
     (probe,) = {event.cpu_parent.name for event in profile.events() if event.name == "mmi::probe"}
     assert probe == "mmi::plan"
+
+
+def test_reading_a_report_changes_nothing_of_later_runs() -> None:
+    model, inputs = models.build("qwen2", tokens=130, shape=models.Shape(layers=1))
+    compiled = torch.compile(model, backend="mminference", options={"inner": "eager", "min_tokens": 0})
+
+    def operators() -> list[str]:
+        with torch.no_grad(), torch.profiler.profile() as profile:
+            compiled(**inputs)
+        return [event.name for event in profile.events() if "::" in event.name]
+
+    operators()
+    before = operators()
+    report = mmi_compile.last_report()
+    assert report is not None
+    assert str(report)
+    assert report.html()
+    assert report.dumps()
+    assert report.svg()
+    assert operators() == before
+    assert not [hook for part in model.modules() for hook in (*part._forward_hooks, *part._forward_pre_hooks)]
 
 
 @pytest.mark.parametrize("profiled", [False, True])
