@@ -247,7 +247,8 @@ def _chosen(config: Config, count: int, least: int) -> list[int]:
 
 def _per_layer(config: Config, count: int) -> list[tuple[str, Sequence[Any]]]:
     """Lists with something for each layer."""
-    found = [(name, value) for name, value in vars(config).items() if isinstance(value, list | tuple)]
+    lists = [(name, value) for name, value in vars(config).items() if isinstance(value, list | tuple)]
+    found = [(name, value) for name, value in lists if not any(word in name for word in ("token", "image_", "archit"))]
     return [(name, value) for name, value in found if len(value) == count and not _is_indices(value, count)]
 
 
