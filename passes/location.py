@@ -15,7 +15,8 @@ def module_of(node: fx.Node) -> str:
     if not stack:
         return ""
     path = str(list(stack.values())[-1][0])
-    path = re.sub(r"^L\['\w+'\]\.?|^L__self___?|^self\.?", "", path)
+    # ``args[0]`` is ``self`` where a decorator of the forward passes on whatever it is given.
+    path = re.sub(r"^L\['args'\]\[\d+\]\.?|^L\['\w+'\]\.?|^L__self___?|^self\.?", "", path)
     path = re.sub(r"\._modules\['([^']+)'\]|\[['\"]?(\w+)['\"]?\]", lambda m: "." + (m.group(1) or m.group(2)), path)
     return path.replace(".slice(None, None, None)", "").strip(".")
 

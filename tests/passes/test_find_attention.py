@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -283,8 +285,23 @@ class Model(torch.nn.Module):
         return q
 
 
-def test_the_module_and_the_layer_of_a_site():
-    sites = found(Model(), heads(4))
+def passing_on(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A decorator that names no argument, so that the module is ``args[0]``."""
+
+    @functools.wraps(forward)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    return wrapper
+
+
+class Decorated(Model):
+    forward = passing_on(Model.forward)
+
+
+@pytest.mark.parametrize("kind", [Model, Decorated])
+def test_the_module_and_the_layer_of_a_site(kind: type[Model]) -> None:
+    sites = found(kind(), heads(4))
     assert [(site.where, site.layer, site.key) for site in sites] == [
         ("layers.0", 0, "graph/0"), ("layers.1", 1, "graph/1"),
     ]  # fmt: skip
