@@ -14,8 +14,6 @@ from mmi_compile.passes.base import AttentionSite, PassContext
 from mmi_compile.passes.layer_index import layer_indices
 from mmi_compile.passes.nodes import tensor_of
 
-"""Reasons of attentions that are no prefill of a decoder layer."""
-
 
 @dataclass(frozen=True)
 class AssignPatterns:
