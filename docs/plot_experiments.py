@@ -1,7 +1,4 @@
-"""Draw docs/experiments.png from the tables of docs/experiments.md; needs matplotlib.
-
-python docs/plot_experiments.py
-"""
+"""Draws docs/experiments.png from the tables of docs/experiments.md; needs matplotlib."""
 
 from __future__ import annotations
 
