@@ -15,6 +15,7 @@ from torch._dynamo.exc import RestartAnalysis, SkipFrame
 from mmi_compile._suggest import did_you_mean
 from mmi_compile.decision import NO_PREFILL, MMIError, Reason
 from mmi_compile.options import OptionError, Options
+from mmi_compile.recompile_limit import limits_reached, watch
 from mmi_compile.report import GraphReport, Report, SiteReport, remember
 from mmi_compile.telemetry import announce
 
@@ -43,6 +44,7 @@ def mminference(
     """
     chosen = options if isinstance(options, Options) else Options.from_mapping(options)
     check_mode(mode, chosen)
+    watch()
     return compile_graph(gm, example_inputs, chosen, mode, _tell)
 
 
@@ -228,4 +230,4 @@ def last_report() -> Report | None:
     from mmi_compile.report import remembered
 
     graphs = remembered()
-    return Report(graphs) if graphs else None
+    return Report(graphs, limits=limits_reached()) if graphs else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import logging
 import os
 import sys
@@ -19,6 +18,7 @@ from mmi_compile.backend import check_mode, compile_graph, mminference
 from mmi_compile.language_model import find_language_model, takes_feature_mask, with_masks
 from mmi_compile.options import Options
 from mmi_compile.prompt_hook import PromptHook
+from mmi_compile.recompile_limit import own_count, own_limit
 from mmi_compile.report import GraphReport, Report
 from mmi_compile.static_cache import counting_on_the_host, keep_masks_readable
 
@@ -33,7 +33,8 @@ def compile(
 
     ``torch.compile(model).generate()`` would compile nothing: the attribute is the original's bound method. Vision
     towers stay as they are. Where the model around the language model makes its masks, that is compiled with it. A
-    pre-hook on ``model`` reads from each prompt which tokens are text, image or video.
+    pre-hook on ``model`` reads from each prompt which tokens are text, image or video. Up to 64 versions are compiled
+    (PyTorch's own limit is 8) where ``torch.compile`` takes a limit, as in PyTorch 2.13.
 
     Args:
         model: a Hugging Face vision-language or text model, or any module with attention.
@@ -53,7 +54,7 @@ def compile(
     check_mode(mode, chosen)
     backend = functools.partial(mminference, options=chosen, mode=mode)
     language_model = with_masks(model, find_language_model(model))
-    language_model.compile(backend=backend, dynamic=dynamic, fullgraph=fullgraph)
+    language_model.compile(backend=backend, dynamic=dynamic, fullgraph=fullgraph, **own_limit())
     if takes_feature_mask(language_model):
         language_model._compiled_call_impl = _capturing_selection(language_model._compiled_call_impl)
     language_model._compiled_call_impl = counting_on_the_host(language_model._compiled_call_impl)
@@ -112,13 +113,7 @@ def for_once(model: nn.Module, backend: Any) -> Iterator[Callable[..., Any]]:
     Compiled state that the model has is set aside meanwhile and is left as it was.
     """
     with _uncompiled(model), _apart(model, backend), _unlimited(), _breaks_untold():
-        yield counting_on_the_host(torch.compile(model, backend=backend, **_ISOLATED))
-
-
-_ISOLATED: dict[str, Any] = (
-    {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
-)
-"""Keeps what explain compiles out of the count after which Dynamo gives up compiling the user's own model."""
+        yield counting_on_the_host(torch.compile(model, backend=backend, **own_count()))
 
 
 def _unlimited() -> AbstractContextManager[None]:
@@ -149,7 +144,7 @@ def _apart(model: nn.Module, backend: Any) -> Iterator[None]:
     if not takes_feature_mask(language_model):
         yield
         return
-    compiled = torch.compile(language_model._call_impl, backend=backend, **_ISOLATED)
+    compiled = torch.compile(language_model._call_impl, backend=backend, **own_count())
     try:
         language_model._compiled_call_impl = torch.compiler.disable(_capturing_selection(compiled))
         yield

@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmi_compile import __version__, runtime
+from mmi_compile import __version__, recompile_limit, runtime
 from mmi_compile.decision import Decision, MMIError, Reason
 from mmi_compile.environment import versions
+from mmi_compile.recompile_limit import LimitReached
 from mmi_compile.record import LABELS
 from mmi_compile.report_program import Snapshot, program, readable
 from mmi_compile.report_time import KernelFacts, StageTime, predicted
@@ -274,11 +275,13 @@ class Report:
         stages: measured times, where someone asked for them (:func:`mmi_compile.report_time.stage_times`).
         subject: what was explained, in words, where the command line named it: a script, or a config and what was
             shrunk of it (:class:`mmi_compile.hf_config.Sample`).
+        limits: the functions of which Dynamo compiles no further version.
     """
 
     graphs: Sequence[GraphReport]
     stages: Sequence[StageTime] = ()
     subject: str = ""
+    limits: Sequence[LimitReached] = ()
 
     @property
     def sites(self) -> list[SiteReport]:
@@ -315,6 +318,8 @@ class Report:
             text += " · left alone: " + ", ".join(f"{count} {name}" for name, count in left.most_common())
         if dense:
             text += " · dense: " + ", ".join(f"{count} {name}" for name, count in dense.most_common())
+        if self.limits:
+            text += " · limits reached, what is new runs uncompiled: " + str(len(self.limits))
         return text
 
     def code(self, *, before: bool = False) -> str:
@@ -332,6 +337,7 @@ class Report:
             "versions": versions(),
             "stages": [stage.to_json() for stage in self.stages],
             "breaks": [{"place": found.place, "reason": found.reason, "graphs": n} for found, n in self.breaks],
+            "limits": [limit.to_json() for limit in self.limits],
             "graphs": [graph.to_json() for graph in self.graphs],
         }
 
@@ -508,4 +514,5 @@ def forget() -> None:
     """Forget everything compiled so far, and what ran."""
     with _lock:
         _remembered.clear()
+    recompile_limit.forget()
     runtime.forget()

@@ -95,4 +95,6 @@ def saved_text(data: Mapping[str, Any]) -> str:
             if site["run"]:
                 run = site["run"]
                 lines.append(f"    last run  {run['q_len']} × {run['kv_len']} tokens · density {run['density']:.1%}")
+    for limit in data.get("limits", ()):  # a report of an older version has none
+        lines += ["", f"{limit['place']}: {limit['limit']} {limit['value']} reached", f"    mend      {limit['mend']}"]
     return "\n".join(lines)

@@ -34,7 +34,7 @@ def render(report: Report) -> str:
     for graph in report.graphs:
         if graph.sites or graph.failure:
             lines += ["", *_graph(graph)]
-    lines += _breaks(report)
+    lines += _breaks(report) + _limits(report)
     tags = [name for graph in report.graphs for name in graph.tagged]
     if tags:
         lines += ["", f"modality masks recorded by graphs without attention: {', '.join(sorted(set(tags)))}"]
@@ -55,6 +55,16 @@ def _breaks(report: Report) -> list[str]:
         lines += _wrap(f"×{graphs}" if graphs > 1 else "", f"{broken.place or 'unknown place'}: {broken.reason}")
     left = sum(graphs for _, graphs in found[_BREAKS_SHOWN:])
     return lines + (_wrap("", f"… {left} more") if left else [])
+
+
+def _limits(report: Report) -> list[str]:
+    """Functions of which no further version is compiled."""
+    if not report.limits:
+        return []
+    lines = ["", f"{len(report.limits)} function{'s' if len(report.limits) != 1 else ''} not compiled any further"]
+    for limit in report.limits:
+        lines += _wrap("", str(limit)) + _wrap("reason", limit.reason) + _wrap("mend", limit.mend)
+    return lines
 
 
 def _graph(graph: GraphReport) -> list[str]:

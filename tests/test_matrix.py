@@ -96,6 +96,15 @@ def test_the_table_has_a_row_for_every_outcome():
     assert [Cell.from_json(cell.to_json()) for cell in cells] == cells
 
 
+def test_a_modality_that_nobody_asks_for_is_no_empty_cell():
+    setting = matrix.settings("gemma3", everything=False)[0]
+    asked, not_asked = (Cell("gemma3", setting, 1, 2, 2, source=source) for source in ("input_ids (guessed)", ""))
+    text, left = Cell("llama", setting, 1, 2, 2), Cell("gemma3", setting, 1, 2, 0)
+    told = [row.split("|")[8].strip() for row in matrix.table([asked, not_asked, text, left]).splitlines()[2:]]
+    assert told == ["input_ids", "not asked for", "–", "–"]
+    assert '"not asked for"' in matrix.HEAD
+
+
 def test_a_wrong_result_is_a_failure(monkeypatch):
     monkeypatch.setattr(matrix, "LARGEST_ERROR", -1.0)
     cell = matrix.run("fused_projection", matrix.settings("fused_projection", everything=False)[0])
