@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmi_compile.kernels.geometry import Geometry
+from mmi_compile.kernels.geometry import Geometry, check_scale
 from mmi_compile.kernels.plan import Plan
 
 SCORE_LIMIT = 8 << 20
@@ -29,13 +29,17 @@ def attention_cpu(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, out
     Args:
         q: floating ``[B, HQ, q_len, D]``; k, v: ``[B, HKV, kv_len, D]``, any strides, on the CPU. Keys and values that
             the padding of the plan's geometry hides may hold anything.
-        scale: factor on the scores.
+        scale: factor on the scores, positive.
         out: where to write, ``[B, HQ, q_len, D]`` with any strides (such as a transposed view of
             ``[B, q_len, HQ, D]`` memory) and the dtype of ``q``; made when None.
 
     Returns:
         ``out``. Half precision inputs are computed in float32. Rows without a visible key are zeros.
+
+    Raises:
+        ValueError: ``scale`` is not a positive float32.
     """
+    check_scale(scale)
     g = plan.geometry
     out = torch.empty(q.shape[:-1] + v.shape[-1:], dtype=q.dtype) if out is None else out
     if not (g.q_len and g.kv_len):

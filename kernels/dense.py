@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mmi_compile.kernels.cpu import attention_cpu
-from mmi_compile.kernels.geometry import Geometry
+from mmi_compile.kernels.geometry import Geometry, check_scale
 from mmi_compile.kernels.plan import Plan
 from mmi_compile.kernels.planner import TileShape, dense_plan
 
@@ -48,8 +48,10 @@ def dense_attention(
         ``[B, HQ, q_len, D]`` in the dtype of ``q``.
 
     Raises:
-        ValueError: a plan is needed on a device other than the CPU and ``run_plan`` is None.
+        ValueError: a plan is needed on a device other than the CPU and ``run_plan`` is None; or ``scale`` is not a
+            positive float32.
     """
+    check_scale(scale)
     g = geometry
     if not (g.q_len and g.kv_len):
         return q.new_zeros(q.shape[:-1] + v.shape[-1:])

@@ -12,7 +12,7 @@ from mmi_compile.kernels.adaptive import adaptive_plan
 from mmi_compile.kernels.boundaries import build_bounded_plan
 from mmi_compile.kernels.cpu import attention_cpu
 from mmi_compile.kernels.dense import dense_attention
-from mmi_compile.kernels.geometry import Geometry
+from mmi_compile.kernels.geometry import Geometry, check_scale
 from mmi_compile.kernels.guard import NO_GUARD, Guard, enforce, guard_rows, measure
 from mmi_compile.kernels.layer_heads import LayerHeads
 from mmi_compile.kernels.own_tiles import own_tiles
@@ -80,7 +80,11 @@ def attention(
             the device and the amount of work decide.
         configured: the heads of this layer, for ``policy="config"`` alone.
         guard: what to verify where heads are sparse.
+
+    Raises:
+        ValueError: ``scale`` is not a positive float32, or ``policy="config"`` comes without heads.
     """
+    check_scale(scale)
     run = AttentionRun(q_len=geometry.q_len, kv_len=geometry.kv_len, path="")
     if not q.numel() or not k.numel():
         run.path = "nothing to attend to"

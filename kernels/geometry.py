@@ -8,6 +8,21 @@ import torch
 from torch import Tensor
 
 
+def is_usable_scale(scale: float) -> bool:
+    """Whether attention may multiply its scores by ``scale``: positive, and a normal number in float32."""
+    limits = torch.finfo(torch.float32)
+    return limits.tiny <= scale <= limits.max
+
+
+def check_scale(scale: float) -> None:
+    """Raise ValueError for a scale that turns hidden keys (minus infinity) into NaN or into the best ones."""
+    if not is_usable_scale(scale):
+        raise ValueError(
+            f"the scale of an attention must be a positive float32, got {scale}; give its absolute value, and the sign"
+            " to the queries"
+        )
+
+
 @dataclass(frozen=True)
 class Geometry:
     """Which (query, key) pairs the *model itself* allows, before any pattern.

@@ -19,7 +19,7 @@ from torch import Tensor
 from mmi_compile import runtime
 from mmi_compile.decision import MMIError
 from mmi_compile.kernels import dispatch
-from mmi_compile.kernels.geometry import Geometry
+from mmi_compile.kernels.geometry import Geometry, check_scale
 from mmi_compile.kernels.groups import (
     intervals,
     lie_together,
@@ -116,9 +116,10 @@ def grouped_attention(
         ``[B, HQ, q_len, D]`` in q's dtype. Rows that may see no key are zero.
 
     Raises:
-        MMIError: as ``mmi::attention``.
+        MMIError, ValueError: as ``mmi::attention``.
     """
     check_abi(abi)
+    check_scale(scale)
     together = rows[2]
     bounds, ids = (x.to(q.device) for x in rows[:2])  # ids may have been numbered on another device
     start, stop, holes = live_keys(q, k.shape[2], key_padding, key_bounds)

@@ -25,7 +25,7 @@ from mmi_compile import record, runtime
 from mmi_compile.decision import MMIError
 from mmi_compile.kernels import dispatch
 from mmi_compile.kernels.frames import TileShape, constant
-from mmi_compile.kernels.geometry import Geometry
+from mmi_compile.kernels.geometry import Geometry, check_scale
 from mmi_compile.kernels.guard import Guard
 from mmi_compile.kernels.layer_heads import labels_of, parse_heads, parse_names, translated
 from mmi_compile.kernels.segments import Segments, segment, segment_shapes
@@ -80,7 +80,7 @@ def attention(
         modality: int8 ``[B, keys]``; keys beyond ``kv_len`` are ignored.
         segments: what ``mmi::segments`` says of ``modality``; empty where no head treats modalities apart (it is then
             made here if one does after all).
-        scale: factor on the scores.
+        scale: factor on the scores, positive.
         max_density: adaptive heads that would compute a larger share of the pairs stay dense.
         min_tokens: below this many keys every head stays dense; negative for the device's own number.
         dense_tail: sparse heads keep every key for the tiles of the last 64 live rows.
@@ -99,8 +99,10 @@ def attention(
     Raises:
         MMIError: the graph was rewritten by an incompatible version, or ``key_padding`` has not one row per batch
             element or too few keys.
+        ValueError: ``scale`` is not a positive float32.
     """
     check_abi(abi)
+    check_scale(scale)
     geometry = _geometry(q, k, key_padding, key_bounds, q_offset, window)
     kv_len = geometry.kv_len
     k, v = k[:, :, :kv_len], v[:, :, :kv_len]

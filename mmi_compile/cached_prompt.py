@@ -40,12 +40,25 @@ class CachedPrompt:
     keys: Tensor | None = None
 
 
+def cache_of(arguments: Mapping[str, Any]) -> Any:
+    """The cache among the keyword arguments of a forward, or None: transformers calls it ``cache`` from 5.24 on, and
+    ``past_key_values`` before."""
+    cache = arguments.get("cache")
+    return arguments.get("past_key_values") if cache is None else cache
+
+
+def cache_in(output: Any) -> Any:
+    """The cache in what a forward returned, under either name, or None."""
+    cache = getattr(output, "cache", None)
+    return getattr(output, "past_key_values", None) if cache is None else cache
+
+
 def tokens_before(kwargs: Mapping[str, Any]) -> int | None:
     """How many tokens the cache of a forward holds; 0 where it has none, None where it does not say.
 
     A static cache counts on the device: this then waits for it.
     """
-    cache = kwargs.get("past_key_values")
+    cache = cache_of(kwargs)
     if cache is None:
         return 0
     length = getattr(cache, "get_seq_length", None)

@@ -34,12 +34,16 @@ class Reason(Enum):
         "compile mask and attention in one graph (mmi_compile.compile does so), or pass is_causal=True",
     )
     UNKNOWN_OFFSET = (
-        "the position of its first query row could not be proved",
+        "its query rows could not be proved to stand at positions of its keys",
         "use a DynamicCache, or prefill a StaticCache from its start",
     )
     GRAD_ENABLED = (
         "gradients are enabled and an input requires them",
         "run under torch.no_grad() or torch.inference_mode()",
+    )
+    SCALE = (
+        "its scale is not a positive number",
+        "give its absolute value as the scale, and its sign to the queries",
     )
     DROPOUT = ("it drops out attention weights", "call model.eval(), or set the attention dropout to 0")
     WEIGHTS_USED = (

@@ -72,8 +72,8 @@ class PromptHook:
         shape = _prompt_shape(_input_ids(args, kwargs), kwargs)
         if shape is None or output is None:  # the forward failed: how much of it is in the cache, the cache will tell
             return
-        cache = getattr(output, "past_key_values", None)
-        cached_prompt.remember(kwargs.get("past_key_values") if cache is None else cache, found, shape[1])
+        cache = cached_prompt.cache_in(output)
+        cached_prompt.remember(cached_prompt.cache_of(kwargs) if cache is None else cache, found, shape[1])
 
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], module: nn.Module | None = None) -> Record:
         """The record of one call: from the processor's modality ids, else from the config's token ids, else from
@@ -113,7 +113,7 @@ class PromptHook:
             return Record(f"{found.source}; not used: a video that began in an earlier part looks like images")
         else:
             self._add_segments(found, kwargs)
-            cached_prompt.continued(found, before, kwargs["past_key_values"])
+            cached_prompt.continued(found, before, cached_prompt.cache_of(kwargs))
             if told and found.ids is not None:  # the last part of a prompt whose grids generate was told
                 self._add_segments(found, told)
         return found
@@ -227,7 +227,7 @@ def _token_types(name: str, shape: tuple[int, int], kwargs: Mapping[str, Any]) -
 
 def _cached_tokens(kwargs: Mapping[str, Any]) -> bool:
     """Does the prompt go on where a cache ends? A static cache may wait for the device to answer."""
-    length = getattr(kwargs.get("past_key_values"), "get_seq_length", None)
+    length = getattr(cached_prompt.cache_of(kwargs), "get_seq_length", None)
     return callable(length) and bool(length() > 0)
 
 

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmi_compile.cached_prompt import cache_of
+
 _MASKS = "create_masks_for_generate"
 
 
@@ -68,7 +70,7 @@ def _counting_layers(kwargs: dict[str, Any]) -> list[Any]:
     tokens = next((kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None), None)
     if not isinstance(tokens, Tensor) or tokens.dim() < 2 or tokens.shape[1] < 2:
         return []
-    layers = getattr(kwargs.get("past_key_values"), "layers", None) or []
+    layers = getattr(cache_of(kwargs), "layers", None) or []
     return [layer for layer in layers if isinstance(getattr(layer, "cumulative_length", None), Tensor)]
 
 

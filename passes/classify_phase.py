@@ -12,8 +12,10 @@ from torch import fx
 from torch.utils._triton import has_triton
 
 from mmi_compile.decision import Reason
+from mmi_compile.kernels.geometry import is_usable_scale
 from mmi_compile.passes.base import AttentionSite, PassContext
-from mmi_compile.passes.nodes import is_call, node_argument, same, tensor_of, value_of
+from mmi_compile.passes.mask_fact import MaskFact
+from mmi_compile.passes.nodes import has_room, is_call, node_argument, same, tensor_of, value_of
 
 MAX_HEAD_DIM = 256
 _DTYPES = {
@@ -50,7 +52,7 @@ def _classify(site: AttentionSite, context: PassContext) -> None:
         return site.leave(Reason.UNKNOWN_MASK, fact.detail)
     if not fact.prefill:
         return site.leave(Reason.BIDIRECTIONAL, fact.expression)
-    if not _offset_is_usable(fact.offset, q.shape[2], k.shape[2]):
+    if not _offset_is_usable(fact, q.shape[2], k.shape[2]):
         return site.leave(Reason.UNKNOWN_OFFSET, f"offset {fact.offset}, q_len {q.shape[2]}, kv_len {k.shape[2]}")
     for window in fact.windows:
         if not _fix_window(site, window):
@@ -60,6 +62,9 @@ def _classify(site: AttentionSite, context: PassContext) -> None:
         return site.leave(Reason.DROPOUT, f"dropout_p={dropout}")
     if context.needs_grad:
         return site.leave(Reason.GRAD_ENABLED)
+    scale = value_of(site.scale)
+    if scale is not None and not _is_usable(scale):
+        return site.leave(Reason.SCALE, f"scale={scale}")
     return _check_kernel(site, q)
 
 
@@ -83,6 +88,13 @@ def _may_be_cached(keys: fx.Node) -> bool:
             return True
         todo += node.all_input_nodes
     return False
+
+
+def _is_usable(scale: Any) -> bool:
+    """With ``dynamic=True`` it may be a symbol; the graph is then guarded to run for scales of the same kind."""
+    if isinstance(scale, (torch.SymFloat, torch.SymInt)) and not scale.node.has_hint():
+        return False
+    return bool(is_usable_scale(scale))
 
 
 _SEEN_THROUGH = (
@@ -150,9 +162,15 @@ def _name(tensor: torch.Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _offset_is_usable(offset: sympy.Expr, q_len: object, kv_len: object) -> bool:
-    """The rewrite can name this offset: a constant ≥ 0, or ``kv_len - q_len``."""
-    return bool(offset.is_Integer and offset >= 0) or offset_is_suffix(offset, q_len, kv_len)
+def _offset_is_usable(fact: MaskFact, q_len: Any, kv_len: Any) -> bool:
+    """The rewrite can name this offset: a constant ≥ 0, or ``kv_len - q_len`` where that is ≥ 0 (the graph is then
+    guarded). Rows behind the last key see what causality and a window leave them; a mask that groups tokens says
+    nothing of them, since it compares keys with the row's own position."""
+    if offset_is_suffix(fact.offset, q_len, kv_len):
+        return has_room(kv_len - q_len)
+    if not (fact.offset.is_Integer and fact.offset >= 0):
+        return False
+    return not fact.clauses or has_room(kv_len - q_len - int(fact.offset))
 
 
 def offset_is_suffix(offset: sympy.Expr, q_len: object, kv_len: object) -> bool:

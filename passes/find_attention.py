@@ -466,11 +466,11 @@ def _check_shapes(site: AttentionSite) -> None:
     if not q.dim() == k.dim() == v.dim() == out.dim() == 4:
         return site.leave(Reason.SHAPE, f"ranks {q.dim()}, {k.dim()}, {v.dim()}")
     # That k and v are equally long needs no proof (their sizes may carry different symbols): the call demands it.
-    if not (same(k.shape[1], v.shape[1]) and same(q.shape[3], k.shape[3])):
+    if not (_share_heads(k.shape[1], v.shape[1], grouped=False) and same(q.shape[3], k.shape[3])):
         return site.leave(Reason.SHAPE, f"k {tuple(k.shape)} and v {tuple(v.shape)} do not fit q {tuple(q.shape)}")
     if not (same(q.shape[0], k.shape[0]) and same(q.shape[0], v.shape[0])):
         return site.leave(Reason.SHAPE, "batch sizes differ")
-    if not (same(q.shape[1], k.shape[1]) or _divides(k.shape[1], q.shape[1])):
+    if not _share_heads(q.shape[1], k.shape[1], grouped=True):
         return site.leave(Reason.SHAPE, f"{q.shape[1]} query heads over {k.shape[1]} key heads")
     # A mask with more batch elements or heads than q would widen the result.
     if not all(same(x, y) for x, y in zip(out.shape[:2], q.shape[:2], strict=True)):
@@ -478,8 +478,18 @@ def _check_shapes(site: AttentionSite) -> None:
     return None
 
 
-def _divides(small: Any, large: Any) -> bool:
-    return isinstance(small, int) and isinstance(large, int) and small > 0 and large % small == 0
+def _share_heads(many: Any, few: Any, *, grouped: bool) -> bool:
+    """Is the one number of heads the other one, or with ``grouped`` a multiple of it?
+
+    With ``dynamic=True`` they may be symbols. A model has one number of heads, so where it matters this takes them as
+    the constants they are; Dynamo then guards them.
+    """
+    if same(many, few):
+        return True
+    known = [int(size) for size in (many, few) if isinstance(size, int) or size.node.has_hint()]
+    if len(known) < 2 or known[1] < 1:
+        return False
+    return known[0] % known[1] == 0 if grouped else known[0] == known[1]
 
 
 def _autocast_of(*products: fx.Node) -> torch.dtype | None:

@@ -30,6 +30,14 @@ def same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
+def has_room(room: int | torch.SymInt) -> bool:
+    """Is ``room`` at least 0 in the traced call? The graph is then guarded to run for calls of the same kind only:
+    positions below 0 and caches that overflow are no prompts. False where it depends on data."""
+    if isinstance(room, torch.SymInt) and not room.node.has_hint():
+        return False
+    return bool(room >= 0)
+
+
 def same_shape(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Are two shapes equal for every input? Adds no guard."""
     return a.dim() == b.dim() and all(same(x, y) for x, y in zip(a.shape, b.shape, strict=True))

@@ -13,7 +13,7 @@ from torch import fx
 from mmi_compile.passes.base import AttentionSite, PassContext
 from mmi_compile.passes.find_attention import describe_shapes
 from mmi_compile.passes.mask_algebra import symbolic
-from mmi_compile.passes.nodes import insert_call, same, tensor_of, value_of
+from mmi_compile.passes.nodes import has_room, insert_call, same, tensor_of, value_of
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def _trim(site: AttentionSite, made: dict[Any, fx.Node]) -> None:
     if sympy.expand(kv_len - end).is_nonpositive:
         return
     stop = _size(end, site.node, made)
-    if stop is None or not (_holds(value_of(stop) - q.shape[2]) and _holds(k.shape[2] - value_of(stop))):
+    if stop is None or not (has_room(value_of(stop) - q.shape[2]) and has_room(k.shape[2] - value_of(stop))):
         return
     for name in ("k", "v"):
         whole = getattr(site, name)
@@ -59,14 +59,6 @@ def _trim(site: AttentionSite, made: dict[Any, fx.Node]) -> None:
             made[whole, stop] = insert_call(site.node, operator.getitem, whole, index)
         setattr(site, name, made[whole, stop])
     site.shapes = describe_shapes(site)
-
-
-def _holds(room: int | torch.SymInt) -> bool:
-    """Is ``room`` at least 0 in the traced call? If so, the graph is guarded to run for such calls only: positions
-    below 0 and caches that overflow are no prompts."""
-    if isinstance(room, torch.SymInt) and not room.node.has_hint():
-        return False
-    return bool(room >= 0)
 
 
 def _size(expr: sympy.Expr, before: fx.Node, made: dict[Any, fx.Node]) -> int | fx.Node | None:

@@ -38,7 +38,13 @@ WHY: Mapping[Reason, str] = {
     Reason.UNKNOWN_OFFSET: """
         In chunked prefill the first row stands behind the tokens in the cache. The graph must tell how many there
         are: as a number, or as the difference of the lengths of keys and queries. A static cache that is filled
-        further keeps that number in a tensor, where it cannot be read without waiting for the device.""",
+        further keeps that number in a tensor, where it cannot be read without waiting for the device. Rows before the
+        first key, and under masks that group tokens rows behind the last one, have no place either: more query rows
+        than keys are left alone there.""",
+    Reason.SCALE: """
+        Kernels hide keys by scores of minus infinity, which a scale of zero or less turns into NaN or into the best of
+        all; PyTorch's own fused causal attention gives NaN there. A head that prefers unlike keys is the same with the
+        sign in its queries.""",
     Reason.GRAD_ENABLED: "The operators have no backward. Attention under autograd stays as it is.",
     Reason.DROPOUT: """
         Dropping weights at random is training's business; the operators compute what the model computes in

@@ -13,8 +13,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmi_compile import record, runtime
 from mmi_compile.decision import MMIError
+from mmi_compile.kernels import grouped_ops  # noqa: F401  registers mmi::row_bounds
+from mmi_compile.kernels.cpu import attention_cpu
+from mmi_compile.kernels.dense import dense_attention
 from mmi_compile.kernels.geometry import Geometry
 from mmi_compile.kernels.ops import ABI
+from mmi_compile.kernels.planner import TileShape, dense_plan
 from mmi_compile.kernels.reference import attention_reference
 from tests.harness import relative_error
 
@@ -140,6 +144,27 @@ def test_fake_has_the_shape_dtype_and_strides_of_the_real_result(layout, padding
 def test_operators_are_kept_out_of_cuda_graphs():
     for name in ("attention", "key_bounds", "modality", "segments", "tag_modality", "begin_prompt"):
         assert torch.Tag.cudagraph_unsafe in getattr(mmi, name).default.tags
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.25, 1e-46, math.inf, math.nan])
+def test_a_scale_that_is_not_positive_is_refused(scale):
+    q, k, v = qkv()
+    mend = "give its absolute value, and the sign to the queries"
+    for policy in ("exact", "adaptive"):
+        with pytest.raises(ValueError, match=mend):
+            mmi.attention(
+                q, k, v, None, None, None, [], scale, 0, 0, policy, 0.95, 0.5, 0, True, "", None, "bshd", "test_ops",
+                ABI,
+            )  # fmt: skip
+    rows = mmi.row_bounds([torch.arange(37) // 5], "causal & same:0", [True], 2, 37, 37, 0, ABI)
+    with pytest.raises(ValueError, match=mend):
+        mmi.grouped_attention(q, k, v, None, None, rows, "causal & same:0", scale, 0, "bshd", "test_ops", ABI)
+    geometry = Geometry(batch=2, q_heads=4, kv_heads=2, q_len=37, kv_len=37)
+    tiles = TileShape(16, 16)
+    with pytest.raises(ValueError, match=mend):
+        dense_attention(q, k, v, geometry, scale, tiles)
+    with pytest.raises(ValueError, match=mend):
+        attention_cpu(q, k, v, dense_plan(geometry, tiles, "cpu"), scale)
 
 
 def test_a_graph_of_another_version_is_refused():

@@ -147,6 +147,77 @@ def test_symbolic_offsets_are_served_where_the_rows_are_the_last_positions(shift
     assert report.sites[0].decision.reason is (Reason.UNKNOWN_OFFSET if shift else None)
 
 
+SCALED = {
+    "causal": lambda q, k, v, s: F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=s),
+    "masked": lambda q, k, v, s: F.scaled_dot_product_attention(
+        q, k, v, attn_mask=torch.arange(N)[None] <= torch.arange(N)[:, None], scale=s
+    ),
+    "eager": lambda q, k, v, s: (
+        torch.softmax((q @ k.mT * s).masked_fill(torch.arange(N)[None] > torch.arange(N)[:, None], -math.inf), -1) @ v
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SCALED)
+@pytest.mark.parametrize("scale", [0.0, -0.25, -1e-3, 1e-46, math.inf, math.nan])
+def test_a_scale_that_is_not_positive_is_left_alone(name, scale):
+    site = site_of(lambda q, k, v: SCALED[name](q, k, v, scale), heads(), heads(), heads())
+    assert site.decision.reason is Reason.SCALE
+    assert str(scale) in site.decision.detail
+    assert site.phase == "prefill"
+
+
+def test_a_scale_that_is_a_symbol_is_guarded():
+    def function(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=torch.ones(N, N).tril() > 0, scale=scale)
+
+    q, k, v = heads(), heads(), heads()
+    compiled = torch.compile(function, backend="mminference", options=EXACT.to_json(), dynamic=True)
+    with torch.no_grad():
+        for scale in (0.25, 0.5, -0.25, 0.0, 0.75):
+            assert harness.relative_error(compiled(q, k, v, scale), function(q, k, v, scale)) < 1e-5
+
+
+def documents(q: Tensor, k: Tensor, v: Tensor, ids: Tensor, offset: int) -> Tensor:
+    """Causal attention within documents; rows that stand behind the last key read another number than -1 there."""
+    i, j = torch.arange(q.shape[2])[:, None] + offset, torch.arange(k.shape[2])[None, :]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=(j <= i) & (ids[i] == ids[j]))
+
+
+@pytest.mark.parametrize(
+    ("q_len", "kv_len", "offset", "served"), [(9, 9, 0, True), (9, 14, 0, True), (9, 5, 0, False), (9, 9, 2, False)]
+)
+def test_rows_behind_the_last_key_belong_to_no_group(q_len, kv_len, offset, served):
+    q, k, v = heads(q_len), heads(kv_len), heads(kv_len)
+    ids = torch.arange(40) // 4
+    site = site_of(lambda *inputs: documents(*inputs, offset), q, k, v, ids)
+    if served:
+        assert site.decision.rewritten
+    else:
+        assert site.decision.reason in (Reason.UNKNOWN_OFFSET, Reason.UNKNOWN_MASK)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_more_rows_than_keys_later_on(grouped):
+    """The graph was rewritten for fewer rows than keys; another call has more."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
+        n, m = q.shape[2], k.shape[2]
+        i, j = torch.arange(n)[:, None] + (m - n), torch.arange(m)[None, :]
+        keep = j <= i
+        if grouped:
+            keep = keep & (ids[i % 40] == ids[j])
+        keep = keep | (i < 0)  # such rows see everything: not what an offset of fewer than 0 says
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=keep)
+
+    compiled = torch.compile(function, backend="mminference", options=EXACT.to_json(), dynamic=True)
+    ids = torch.arange(40) // 4
+    with torch.no_grad():
+        for q_len, kv_len in ((9, 14), (8, 8), (9, 5), (12, 7), (5, 20)):
+            q, k, v = heads(q_len), heads(kv_len), heads(kv_len)
+            assert harness.relative_error(compiled(q, k, v, ids), function(q, k, v, ids)) < 1e-5
+
+
 def test_offsets_are_compared_as_formulas():
     import sympy
 

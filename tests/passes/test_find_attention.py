@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmi_compile import report
 from mmi_compile.decision import Reason
 from mmi_compile.options import Options
 from mmi_compile.passes import AttentionSite, PassContext
@@ -77,6 +78,23 @@ def test_sizes_may_be_symbols():
 
     (site,) = found(function, heads(4), heads(2), heads(2), dynamic=True)
     assert tensor_of(site.q) is not None
+
+
+@pytest.mark.parametrize("form", ["native", "repeated"])
+def test_heads_that_are_symbols_are_taken_as_constants(form):
+    def function(q, k, v):
+        if form == "repeated":
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=form == "native")
+
+    options = {"policy": "exact", "inner": "eager"}
+    compiled = torch.compile(function, backend="mminference", options=options, dynamic=True)
+    report.forget()
+    with torch.no_grad():
+        for q_heads, k_heads in ((6, 2), (6, 3), (5, 1), (7, 7)):
+            inputs = heads(q_heads), heads(k_heads), heads(k_heads)
+            torch.testing.assert_close(compiled(*inputs), function(*inputs))
+    assert all(graph.sites[0].decision.rewritten for graph in report.remembered())
 
 
 def test_the_scale_of_a_division():
