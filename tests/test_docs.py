@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmi_compile import Options
+from mmi_compile import Options, Reason
 from mmi_compile.kernels import patterns as patterns_module
 from mmi_compile.passes import PIPELINE
 
@@ -51,6 +51,11 @@ def test_code_blocks_run(page: str, monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.setitem(sys.modules, module.__name__, module)  # dataclasses look their module up
     for line, code in blocks(page):
         exec(compile("\n" * line + code, str(DOCS / page), "exec", dont_inherit=True), vars(module))
+
+
+@pytest.mark.parametrize("reason", Reason)
+def test_the_limits_list_every_reason(reason: Reason) -> None:
+    assert f"`{reason.name.lower()}`" in (DOCS / "limits.md").read_text(encoding="utf-8")
 
 
 def anchors(text: str) -> set[str]:

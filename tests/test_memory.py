@@ -39,21 +39,40 @@ def watched(graph_module, example_inputs):
             return graph_module(*args)
     return run
 
-class Blocks(torch.nn.Module):
-    "Causal attention in a window, in which tokens of a block of images see both ways."
-    def forward(self, x, ids):
-        i, j = torch.arange(x.shape[2])[:, None], torch.arange(x.shape[2])[None]
-        block = (ids[:, None, :, None] == ids[:, None, None]) & (ids[:, None, :, None] >= 0)
-        mask = ((j <= i) | block) & (i - j < 512)
-        return torch.nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=mask)
+def causal(i, j): return j <= i
+def block(ids): return (ids[:, None, :, None] == ids[:, None, None]) & (ids[:, None, :, None] >= 0)
+
+MASKS = {
+    "offset": lambda i, j, ids, live: causal(i, j),
+    "window": lambda i, j, ids, live: causal(i, j) & (i - j < 512),
+    "chunks": lambda i, j, ids, live: causal(i, j) & (i // 512 == j // 512),
+    "left padding": lambda i, j, ids, live: causal(i, j) & live[:, None, None],
+    "right padding": lambda i, j, ids, live: causal(i, j) & live[:, None, None],
+    "blocks": lambda i, j, ids, live: causal(i, j) | block(ids),
+    "blocks in a window": lambda i, j, ids, live: (causal(i, j) | block(ids)) & (i - j < 512),
+    "padded documents in a window": lambda i, j, ids, live: (
+        causal(i, j) & (i - j < 512) & (ids[:, None, :, None] == ids[:, None, None]) & live[:, None, None]
+    ),
+}
+
+class Masked(torch.nn.Module):
+    "Attention of the last half of a prompt to all of it for an offset, else of all of it to itself."
+    def forward(self, q, k, ids, live):
+        i = torch.arange(q.shape[2])[:, None] + (k.shape[2] - q.shape[2])
+        mask = MASKS[sys.argv[2]](i, torch.arange(k.shape[2])[None], ids, live)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, k, attn_mask=mask)
 
 def prompt(kind, tokens):
-    if kind == "blocks":
-        ids = torch.arange(tokens) // 256
-        return Blocks(), {"x": torch.randn(1, 2, tokens, 32), "ids": torch.where(ids % 2 == 0, ids, -1)[None]}
+    if kind in MASKS:
+        ids, live = torch.arange(tokens) // 256, torch.ones(1, tokens, dtype=torch.bool)
+        if "padd" in kind:
+            live[:, slice(-99, None) if "right" in kind else slice(99)] = False
+        ids = torch.where(ids % 2 == 0, ids, -1)[None] if "blocks" in kind else ids[None]
+        k = torch.randn(1, 2, tokens, 32)
+        return Masked(), {"q": k[:, :, tokens // 2 :] if kind == "offset" else k, "k": k, "ids": ids, "live": live}
     shape = models.Shape(layers=1, heads=2, kv_heads=1, head_dim=32, max_positions=tokens)
     model, inputs = models.qwen2(tokens=tokens, shape=shape)
-    if kind == "documents":
+    if kind == "documents of a model":
         positions = torch.arange(tokens)[None] % 1000
         inputs = {"input_ids": inputs["input_ids"], "position_ids": positions, "use_cache": False}
     return model.model, inputs
@@ -86,7 +105,21 @@ def measure(kind: str, tokens: int) -> dict[str, Any]:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss is in other units elsewhere")
-@pytest.mark.parametrize("kind", ["padding", "documents", "blocks"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "padding of a model",
+        "documents of a model",
+        "offset",
+        "window",
+        "chunks",
+        "left padding",
+        pytest.param("right padding", marks=pytest.mark.slow),
+        pytest.param("blocks", marks=pytest.mark.slow),
+        "blocks in a window",
+        "padded documents in a window",
+    ],
+)
 def test_peak_memory_of_a_prefill_grows_linearly(kind):
     short, long = (measure(kind, tokens) for tokens in LENGTHS)
     assert not short["left"] + long["left"]
