@@ -248,30 +248,33 @@ class _Reading:
             if symbol in symbols:
                 raise _Refusal(f"the term {wanted} differs between {name}{self._reason([wanted])}")
         candidates = [(node, t) for node, t in self.reader.known.items() if self._is_padding(node, t, wanted)]
-        for node, tensor in candidates:
-            if same(tensor.shape[1], self.kv_len):
-                return node
-        for node, tensor in candidates:
-            if provably_nonnegative(tensor.shape[1] - self.kv_len) or self._is_read_whole(wanted):
-                return node
+        for rank in (2, 4):  # one of two dimensions serves several masks of a graph
+            tensors = [(node, tensor.shape[-1]) for node, tensor in candidates if len(tensor.shape) == rank]
+            for node, keys in tensors:
+                if same(keys, self.kv_len):
+                    return node
+            for node, keys in tensors:
+                if provably_nonnegative(keys - self.kv_len) or self._is_read_whole(wanted):
+                    return node
         raise _Refusal(f"the term {wanted} is not a [batch, kv_len] tensor of the graph{self._reason([wanted])}")
 
     def _is_padding(self, node: fx.Node, tensor: SymbolicTensor, wanted: Boolean) -> bool:
-        """Whether element ``[b, j]`` of ``tensor``, by itself, is non-zero exactly where ``wanted`` holds.
+        """Whether element ``[b, j]`` or ``[b, 0, 0, j]`` of ``tensor``, by itself, is non-zero exactly where ``wanted``
+        holds.
 
         Whether it has an element for every key is another question.
         """
-        if len(tensor.shape) != 2 or not same(tensor.shape[0], self.batch):
+        rank = len(tensor.shape)
+        if rank not in (2, 4) or not same(tensor.shape[0], self.batch):
             return False
-        if hidden_levels(example(node)):
+        if hidden_levels(example(node)) or any(size != 1 for size in tensor.shape[1:-1]):
             return False
-        found = _liveness(reindex(tensor.element, {QUERY: BATCH}))
+        found = _liveness(reindex(tensor.element, {QUERY: BATCH}) if rank == 2 else tensor.element)
         if found is None or tensor.dtype.is_floating_point:
             return False
         # An expanded row has the right values too, but only a tensor of its own is worth handing on.
-        own = all(
-            size == 1 or symbol in places(found) for symbol, size in zip((BATCH, KEY), tensor.shape, strict=False)
-        )
+        ends = ((BATCH, tensor.shape[0]), (KEY, tensor.shape[-1]))
+        own = all(size == 1 or symbol in places(found) for symbol, size in ends)
         return bool(own and found == wanted)
 
     def _is_read_whole(self, wanted: Boolean) -> bool:

@@ -56,11 +56,11 @@ class MaskFact:
         causal: the mask contains ``j <= i + offset``.
         offset: integer expression over the graph's shape symbols, the position of query row 0.
         window: sliding window in tokens, an integer expression, or None.
-        padding: node of the 2-D ``[B, N]`` tensor (bool, or integers where non-zero means live) whose first
-            ``kv_len`` columns say which keys are live, or None. ``B`` is proved. ``N`` is proved to be ``kv_len``, or
-            not to be smaller, or the graph indexes the tensor at every key, which fails where ``N`` is too small.
-            That indexing goes away with the mask, so whoever uses the padding has to slice ``[:, :kv_len]`` and to
-            check ``N >= kv_len`` when the graph runs.
+        padding: node of the tensor ``[B, N]`` or ``[B, 1, 1, N]`` (bool, or integers where non-zero means live) whose
+            first ``kv_len`` columns say which keys are live, or None. ``B`` is proved. ``N`` is proved to be
+            ``kv_len``, or not to be smaller, or the graph indexes the tensor at every key, which fails where ``N`` is
+            too small. That indexing goes away with the mask, so whoever uses the padding has to slice
+            ``[:, :kv_len]`` and to check ``N >= kv_len`` when the graph runs.
         expression: the boolean expression that was read from the graph, for people.
         detail: why nothing was proved, naming the node that stopped the proof.
         clauses: what else has to hold: packed documents and chunks are clauses of one term, image blocks that see both

@@ -50,7 +50,7 @@ def _rewrite(site: AttentionSite, context: PassContext, shared: dict[Any, fx.Nod
     assert fact is not None
     padding = bounds = None
     if fact.padding is not None:
-        padding = fact.padding
+        padding = _padding(fact.padding, shared, node)
         bounds = _once(shared, ("bounds", padding), node, torch.ops.mmi.key_bounds.default, padding)
     offset = _offset(site, shared)
     if fact.clauses:
@@ -69,6 +69,14 @@ def _rewrite(site: AttentionSite, context: PassContext, shared: dict[Any, fx.Nod
     )  # fmt: skip
     _replace(site, new, "mmi::attention")
     return None
+
+
+def _padding(node: fx.Node, shared: dict[Any, fx.Node], before: fx.Node) -> fx.Node:
+    """A padding ``[B, N]`` or ``[B, 1, 1, N]`` as ``[B, N]``."""
+    tensor = tensor_of(node)
+    if tensor is None or tensor.dim() == 2:
+        return node
+    return _once(shared, ("padding", node), before, operator.getitem, node, (slice(None), 0, 0))
 
 
 def _replace(site: AttentionSite, new: fx.Node, operator_name: str) -> None:

@@ -57,8 +57,10 @@ def test_generate_in_chunks(name, arguments):
     assert len(made) == (1 if "whole" in arguments else 3)
 
 
-def test_generate_in_chunks_of_a_padded_batch():
-    model, inputs = families.text("llama", tokens=41, batch=2, padding="left", shape=ONE_LAYER)
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_generate_in_chunks_of_a_padded_batch(name):
+    # The sliding cache of Mistral keeps the last keys alone, and their padding is read at an offset.
+    model, inputs = families.text(name, tokens=41, batch=2, padding="left", shape=ONE_LAYER)
     expected = generated(copy.deepcopy(model), inputs, prefill_chunk_size=16)
     mmi_compile.compile(model, **OPTIONS)
     assert generated(model, inputs, prefill_chunk_size=16) == expected

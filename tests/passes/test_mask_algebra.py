@@ -51,9 +51,9 @@ def described(fact: MaskFact, values: dict[str, Any], sizes: dict[sympy.Expr, in
         mask = mask & met
     if fact.padding is not None:
         padding = values[fact.padding.name]
-        assert padding.dim() == 2
-        assert padding.shape[1] >= kv
-        mask = mask & (padding != 0)[:, None, None, :kv]
+        assert padding.dim() == 2 or padding.shape[1:-1] == (1, 1)
+        assert padding.shape[-1] >= kv
+        mask = mask & (padding != 0).reshape(-1, 1, 1, padding.shape[-1])[..., :kv]
     return mask
 
 
@@ -219,6 +219,8 @@ PROVED: dict[str, tuple[Form, str]] = {
         lambda q, p: (_tril(q)[None, None] & p[:, None, None].bool()).expand(q.shape[0], -1, -1, -1),
         "causal and padding",
     ),
+    "padding with room for heads": (lambda q, p: _tril(q) & p[:, None, None].roll(1, -1).bool(), "causal and padding"),
+    "late == 1": (lambda q, p: _tril(q) & (p[:, None, None] == 1), "causal and padding"),
     "sliced": (lambda q, p: _tril(q)[None, None][:, :, :, : p.shape[1]], "causal"),
     "window twice": (lambda q, p: _window(q, 4) & _window(q, 3), "causal and sliding window 3"),
     "no mask at all": (lambda q, p: torch.ones(_s(q), _s(q), dtype=torch.bool), "all pairs visible"),
@@ -246,13 +248,15 @@ REFUSED: dict[str, tuple[Form, str]] = {
     "bidirectional images": (lambda q, p: _tril(q) | (p[:, None, None] == 2), "is not a plain condition"),
     "padding of queries": (lambda q, p: _tril(q) & p[:, None, :, None].bool(), "differs between query rows"),
     "padding of heads": (lambda q, p: _tril(q) & p[:, :, None].bool(), "differs between heads"),
-    "late roll": (lambda q, p: _tril(q) & p[:, None, None].roll(1, -1).bool(), "`roll`, which is not read"),
+    "roll by rows": (
+        lambda q, p: _tril(q) & p[:, None, None].roll(1, -1).expand(-1, 1, _s(q), -1).flip(2).bool(),
+        "`flip`, which is not read",
+    ),
     "first row's padding": (lambda q, p: _tril(q) & p[:1, None, None].bool(), "is not a [batch, kv_len] tensor"),
     "first key's padding": (
         lambda q, p: _tril(q) & p[:, :1][:, None, None].bool().expand(-1, 1, _s(q), _s(q)),
         "is not a [batch, kv_len] tensor",
     ),
-    "late == 1": (lambda q, p: _tril(q) & (p[:, None, None] == 1), "is not a [batch, kv_len] tensor"),
     "documents of rows alone": (lambda q, p: _document(p), "is not a plain condition"),
     "documents of other rows": (lambda q, p: _tril(q) & _document(p).flip(-1), "`flip`, which is not read"),
     "blocks of keys alone": (lambda q, p: _tril(q) | (_same(p) & (p[:, None, None] >= 0)), "is not a plain condition"),
@@ -683,14 +687,14 @@ def test_a_slice_of_the_right_length_goes_before_longer_padding() -> None:
     assert prove(mask, q_len=b.q_len, kv_len=b.kv_len, batch=b.batch).padding is exact
 
 
-def test_longer_padding_is_refused_where_a_shift_moves_it() -> None:
+def test_longer_padding_that_a_shift_moves_is_read_where_it_has_moved() -> None:
     b = Builder(2, 4, 9, dynamic=True)
     shifted = slice(1, b.call(operator.add, b.kv_len, 1))
     mask = b.call(operator.getitem, b.method("bool", b.wide), (slice(None), None, None, shifted))
-    assert not prove(mask, q_len=b.q_len, kv_len=b.kv_len, batch=b.batch).known
+    assert prove(mask, q_len=b.q_len, kv_len=b.kv_len, batch=b.batch).padding is mask
 
 
-def test_another_length_that_came_by_broadcasting_is_refused() -> None:
+def test_another_length_that_came_by_broadcasting_is_not_read_through() -> None:
     b = Builder(2, 4, 9, dynamic=True)
     keys = b.call(operator.le, b.call(torch.arange, b.kv_len), b.kv_len)
     live = b.call(operator.getitem, b.method("bool", b.wide), (slice(None), None, None, slice(None)))
@@ -699,8 +703,8 @@ def test_another_length_that_came_by_broadcasting_is_refused() -> None:
     with b.mode:
         mask.meta["example_value"] = torch.ones(batch, 1, 1, kv_len, dtype=torch.bool)
     fact = prove(mask, q_len=b.q_len, kv_len=b.kv_len, batch=b.batch)
-    assert not fact.known
-    assert "is not provably" in fact.detail
+    assert fact.padding is mask
+    assert "wide" not in fact.expression
 
 
 def test_padding_joined_from_pieces_is_no_proof_of_their_length() -> None:
