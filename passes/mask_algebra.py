@@ -20,7 +20,7 @@ import torch
 from sympy.logic.boolalg import Boolean
 from torch import fx
 
-from mmi_compile.passes.mask_clauses import Clause, TooComplex, conjunctive, simplify
+from mmi_compile.passes.mask_clauses import Clause, TooComplex, conjunctive, negate, simplify
 from mmi_compile.passes.mask_fact import CAUSAL, MaskFact, MaskGroup, Term
 from mmi_compile.passes.mask_groups import (
     Literal,
@@ -150,7 +150,8 @@ class _Reading:
         offset = self._offset(groups) if groups else None
         causal, offset, window = self._band(offset)
         terms = self._terms(groups, offset) if groups else ()
-        return MaskFact(True, causal, offset, window, self._padding_node(), expression, clauses=terms)
+        padding, hides = self._padding_node()
+        return MaskFact(True, causal, offset, window, padding, expression, clauses=terms, padding_hides=hides)
 
     def _grouping(self, clauses: list[Clause]) -> list[Clause]:
         """The clauses that have to do with groups of tokens, if there may be any."""
@@ -235,9 +236,10 @@ class _Reading:
             raise _Refusal(f"the sliding window {window} is not provably positive")
         return window
 
-    def _padding_node(self) -> fx.Node | None:
+    def _padding_node(self) -> tuple[fx.Node | None, bool]:
+        """The tensor that says which keys are live, and whether it says which are dead instead."""
         if not self.padding:
-            return None
+            return None, False
         if len(self.padding) > 1:
             raise _Refusal(
                 f"several data-dependent terms: {', '.join(map(str, self.padding))}{self._reason(self.padding)}"
@@ -247,16 +249,24 @@ class _Reading:
         for symbol, name in ((HEAD, "heads"), (QUERY, "query rows")):
             if symbol in symbols:
                 raise _Refusal(f"the term {wanted} differs between {name}{self._reason([wanted])}")
-        candidates = [(node, t) for node, t in self.reader.known.items() if self._is_padding(node, t, wanted)]
         for rank in (2, 4):  # one of two dimensions serves several masks of a graph
-            tensors = [(node, tensor.shape[-1]) for node, tensor in candidates if len(tensor.shape) == rank]
-            for node, keys in tensors:
-                if same(keys, self.kv_len):
-                    return node
-            for node, keys in tensors:
-                if provably_nonnegative(keys - self.kv_len) or self._is_read_whole(wanted):
-                    return node
+            for condition in (wanted, negate(wanted)):
+                node = self._tensor_of(condition, rank)
+                if node is not None:
+                    return node, condition is not wanted
         raise _Refusal(f"the term {wanted} is not a [batch, kv_len] tensor of the graph{self._reason([wanted])}")
+
+    def _tensor_of(self, wanted: Boolean, rank: int) -> fx.Node | None:
+        """A tensor that has an element for every key, which is not zero exactly where ``wanted`` holds."""
+        known = [(node, tensor) for node, tensor in self.reader.known.items() if len(tensor.shape) == rank]
+        candidates = [(node, tensor.shape[-1]) for node, tensor in known if self._is_padding(node, tensor, wanted)]
+        for node, keys in candidates:
+            if same(keys, self.kv_len):
+                return node
+        for node, keys in candidates:
+            if provably_nonnegative(keys - self.kv_len) or self._is_read_whole(wanted):
+                return node
+        return None
 
     def _is_padding(self, node: fx.Node, tensor: SymbolicTensor, wanted: Boolean) -> bool:
         """Whether element ``[b, j]`` or ``[b, 0, 0, j]`` of ``tensor``, by itself, is non-zero exactly where ``wanted``
@@ -264,12 +274,11 @@ class _Reading:
 
         Whether it has an element for every key is another question.
         """
-        rank = len(tensor.shape)
-        if rank not in (2, 4) or not same(tensor.shape[0], self.batch):
+        if not same(tensor.shape[0], self.batch):
             return False
         if hidden_levels(example(node)) or any(size != 1 for size in tensor.shape[1:-1]):
             return False
-        found = _liveness(reindex(tensor.element, {QUERY: BATCH}) if rank == 2 else tensor.element)
+        found = _liveness(reindex(tensor.element, {QUERY: BATCH}) if len(tensor.shape) == 2 else tensor.element)
         if found is None or tensor.dtype.is_floating_point:
             return False
         # An expanded row has the right values too, but only a tensor of its own is worth handing on.

@@ -43,7 +43,7 @@ class MaskFact:
     visible exactly when
 
     ``(not causal or j <= i + offset) and (window is None or i + offset - j < window) and (padding is None or
-    padding[b, j])``
+    padding[b, j])`` (``not padding[b, j]`` where ``padding_hides``)
 
     and, for every clause of ``clauses``, one of its terms holds: ``j <= i + offset``, a window
     (``i + offset - j < w``), or a group that row ``i`` (at position ``i + offset``) and key ``j`` share.
@@ -61,6 +61,7 @@ class MaskFact:
             ``kv_len``, or not to be smaller, or the graph indexes the tensor at every key, which fails where ``N`` is
             too small. That indexing goes away with the mask, so whoever uses the padding has to slice
             ``[:, :kv_len]`` and to check ``N >= kv_len`` when the graph runs.
+        padding_hides: that tensor is non-zero where a key is dead instead.
         expression: the boolean expression that was read from the graph, for people.
         detail: why nothing was proved, naming the node that stopped the proof.
         clauses: what else has to hold: packed documents and chunks are clauses of one term, image blocks that see both
@@ -75,6 +76,7 @@ class MaskFact:
     expression: str = ""
     detail: str = ""
     clauses: tuple[tuple[Term, ...], ...] = ()
+    padding_hides: bool = False
 
     @property
     def prefill(self) -> bool:

@@ -50,7 +50,7 @@ def _rewrite(site: AttentionSite, context: PassContext, shared: dict[Any, fx.Nod
     assert fact is not None
     padding = bounds = None
     if fact.padding is not None:
-        padding = _padding(fact.padding, shared, node)
+        padding = _padding(fact.padding, fact.padding_hides, shared, node)
         bounds = _once(shared, ("bounds", padding), node, torch.ops.mmi.key_bounds.default, padding)
     offset = _offset(site, shared)
     if fact.clauses:
@@ -71,12 +71,13 @@ def _rewrite(site: AttentionSite, context: PassContext, shared: dict[Any, fx.Nod
     return None
 
 
-def _padding(node: fx.Node, shared: dict[Any, fx.Node], before: fx.Node) -> fx.Node:
-    """A padding ``[B, N]`` or ``[B, 1, 1, N]`` as ``[B, N]``."""
+def _padding(node: fx.Node, hides: bool, shared: dict[Any, fx.Node], before: fx.Node) -> fx.Node:
+    """A padding ``[B, N]`` or ``[B, 1, 1, N]`` as ``[B, N]``, non-zero where a key is live."""
     tensor = tensor_of(node)
-    if tensor is None or tensor.dim() == 2:
-        return node
-    return _once(shared, ("padding", node), before, operator.getitem, node, (slice(None), 0, 0))
+    assert tensor is not None, "what is proved has a traced value"
+    if tensor.dim() == 4:
+        node = _once(shared, ("padding", node), before, operator.getitem, node, (slice(None), 0, 0))
+    return _once(shared, ("live", node), before, torch.logical_not, node) if hides else node
 
 
 def _replace(site: AttentionSite, new: fx.Node, operator_name: str) -> None:

@@ -53,7 +53,8 @@ def described(fact: MaskFact, values: dict[str, Any], sizes: dict[sympy.Expr, in
         padding = values[fact.padding.name]
         assert padding.dim() == 2 or padding.shape[1:-1] == (1, 1)
         assert padding.shape[-1] >= kv
-        mask = mask & (padding != 0).reshape(-1, 1, 1, padding.shape[-1])[..., :kv]
+        live = (padding == 0) if fact.padding_hides else (padding != 0)
+        mask = mask & live.reshape(-1, 1, 1, padding.shape[-1])[..., :kv]
     return mask
 
 
@@ -220,6 +221,12 @@ PROVED: dict[str, tuple[Form, str]] = {
         "causal and padding",
     ),
     "padding with room for heads": (lambda q, p: _tril(q) & p[:, None, None].roll(1, -1).bool(), "causal and padding"),
+    "hidden keys": (lambda q, p: _tril(q) & ~p[:, None, None].bool(), "causal and padding"),
+    "hidden keys, added": (
+        lambda q, p: torch.zeros(_s(q), _s(q)).masked_fill(~_tril(q), _low())
+        + torch.zeros(p.shape).masked_fill(p.bool(), float("-inf")).view(p.shape[0], 1, 1, -1),
+        "causal and padding",
+    ),
     "late == 1": (lambda q, p: _tril(q) & (p[:, None, None] == 1), "causal and padding"),
     "sliced": (lambda q, p: _tril(q)[None, None][:, :, :, : p.shape[1]], "causal"),
     "window twice": (lambda q, p: _window(q, 4) & _window(q, 3), "causal and sliding window 3"),
