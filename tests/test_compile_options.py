@@ -187,7 +187,24 @@ def test_stances_about_recompilation():
     assert error(model, longer, output(twin, longer)) < 1e-5
 
 
+def stock_fails(stance: str) -> bool:
+    """Whether a model cannot be compiled under a stance by PyTorch's own ``eager`` backend either."""
+    model, inputs = built("llama")
+    model.model.compile(backend="eager")
+    try:
+        with torch.compiler.set_stance(stance):
+            for _ in range(3):
+                output(model, inputs)
+    except Exception:
+        return True
+    finally:
+        torch._dynamo.reset()
+    return False
+
+
 def test_first_eager_then_compiled():
+    if stock_fails("eager_then_compile"):  # PyTorch 2.13 looks sizes of one tensor up in those of another
+        pytest.skip("PyTorch itself fails under this stance")
     model, inputs = built("llama")
     expected = output(model, inputs)
     mmi_compile.compile(model, **OPTIONS)
