@@ -21,8 +21,8 @@ from tests.harness import relative_error
 pytestmark = pytest.mark.fresh_dynamo
 
 Term = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""``i [q_len, 1]``, ``j [1, keys]``, live ``[B, keys]`` and ids ``[B, keys]``, of which the rows are the last, to a bool
-mask that broadcasts to ``[B, 1, q_len, keys]``."""
+"""``i [q_len, 1]``, ``j [1, keys]``, live ``[B, keys]`` and ids ``[B, keys]`` to a bool mask that broadcasts to
+``[B, 1, q_len, keys]``; the rows are the last of the keys' positions."""
 
 
 def _same(i: Tensor, j: Tensor, live: Tensor, ids: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from mmi_compile.backend import rewrite_graph
+from mmi_compile.decision import Reason
 from mmi_compile.kernels.ops import ABI
 from mmi_compile.options import Options
 from mmi_compile.passes.dataflow import cone, erase_dead, is_pure, may_alias, mutated_between, mutates
@@ -270,3 +271,24 @@ def test_in_place_calls_that_somebody_sees_are_not_dead(seen):
     gm = harness.capture(function, torch.ones(2), dynamic=False, fullgraph=True).graphs[0]
     erase_dead(gm.graph, set(gm.graph.nodes))
     assert harness.count_ops(gm, "add_") == 1
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_padding_that_names_dead_keys_is_negated_once(dynamic: bool) -> None:
+    layer = torch.nn.TransformerDecoderLayer(16, 2, 24, batch_first=True, norm_first=True)
+    decoder = torch.nn.TransformerDecoder(layer, 2).eval()
+
+    def function(x: Tensor, memory: Tensor, dead: Tensor) -> Tensor:
+        later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+        out: Tensor = decoder(x, memory, tgt_mask=later, tgt_key_padding_mask=dead, tgt_is_causal=False)
+        return out
+
+    x, memory, dead = torch.randn(2, N, 16), torch.randn(2, 5, 16), torch.zeros(2, N, dtype=torch.bool)
+    dead[1, N - 4 :] = True
+    gm, report = rewritten(function, x, memory, dead, dynamic=dynamic)
+    reasons = [site.decision.reason for site in report.sites if site.decision is not None]
+    assert reasons.count(None) == reasons.count(Reason.BIDIRECTIONAL) == 2  # attention to the memory is not causal
+    assert len(calls(gm, OPS.key_bounds.default)) == 1
+    compiled = torch.compile(function, backend="mminference", options={"policy": "exact", "inner": "eager"})
+    with torch.no_grad():
+        assert harness.relative_error(compiled(x, memory, dead)[~dead], function(x, memory, dead)[~dead]) < 1e-5
