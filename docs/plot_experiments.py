@@ -24,7 +24,7 @@ def tables(text: str) -> Iterator[list[Row]]:
 
 def number(cell: str) -> float:
     """The first number of a cell, whatever surrounds it."""
-    found = re.search(r"[-+]?\d+(\.\d+)?", cell)
+    found = re.search(r"[-+]?\d+(\.\d+)?", cell.replace("−", "-"))
     if found is None:
         raise ValueError(f"no number in {cell!r}")
     return float(found.group())

@@ -94,7 +94,7 @@ def test_the_plot_of_the_experiments_reads_their_tables() -> None:
     plot = runpy.run_path(str(DOCS / "plot_experiments.py"))
     pages = list(plot["tables"]((DOCS / "experiments.md").read_text(encoding="utf-8")))
     for points in (plot["needles"](pages), plot["perplexities"](pages[-1])):
-        assert len(points) == 4
+        assert len(points) >= 4
         assert all(len(of_method) >= 2 for of_method in points.values())
         assert all(0 < density < 100 for of_method in points.values() for density, _ in of_method)
 
