@@ -29,11 +29,10 @@ def using_tiles(tiles: TileShape | None) -> Iterator[None]:
         ValueError: rows or keys of a tile are not a power of two from 16 to 256.
     """
     global _asked
-    for size in () if tiles is None else (tiles.block_m, tiles.block_n):
-        if size not in (16, 32, 64, 128, 256):
-            raise ValueError(
-                f"tiles of {tiles.block_m} x {tiles.block_n}: give powers of two from 16 to 256, such as 32 x 32"
-            )
+    if tiles is not None:
+        for size in (tiles.block_m, tiles.block_n):
+            if size not in (16, 32, 64, 128, 256):
+                raise ValueError(f"{tiles} has a side of {size}; give powers of two from 16 to 256, such as 32 and 32")
     before, _asked = _asked, tiles or _asked
     try:
         yield
