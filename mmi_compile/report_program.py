@@ -196,7 +196,7 @@ def _input(number: int, node: fx.Node, live: Collection[str]) -> dict[str, Any]:
     value = value_of(node)
     found = {"name": str(node.target), "code": "None", "problem": "", "symbol": False}
     if isinstance(value, torch.Tensor):
-        found["code"] = _tensor(number, value, node.name in live)
+        found["code"] = _number(node, value) or _tensor(number, value, node.name in live)
         if found["code"] == "None":
             found["problem"] = f"the sizes of {node.target} depend on data"
     elif isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
@@ -207,6 +207,16 @@ def _input(number: int, node: fx.Node, live: Collection[str]) -> dict[str, Any]:
     else:
         found["problem"] = f"the input {node.target} is no tensor and no number"
     return found
+
+
+def _number(node: fx.Node, tensor: torch.Tensor) -> str:
+    """A number that Dynamo hands on as a tensor, such as the scale of an attention with ``dynamic=True``, as it was in
+    the traced call; empty for other tensors."""
+    if tensor.dim() or not tensor.dtype.is_floating_point:
+        return ""
+    read = (value_of(user) for user in node.users if user.target == "item")
+    known = [x.node.hint for x in read if isinstance(x, torch.SymFloat) and x.node.has_hint()]
+    return f"torch.tensor({known[0]!r}, dtype={tensor.dtype})" if known else ""
 
 
 def _tensor(number: int, tensor: torch.Tensor, is_live: bool) -> str:

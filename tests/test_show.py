@@ -138,7 +138,12 @@ def test_patterns_of_ones_own_are_imported_first(
     assert "pattern 'every'" in capsys.readouterr().err
     assert cli.main(["show", "heads.json", "--import", place]) == 0
     assert "every × 2" in capsys.readouterr().out
-    assert cli.main(["show", "heads.json", "--import", place, "--png", "map.png"]) == 0
+
+
+@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")
+def test_patterns_of_ones_own_are_drawn(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(own)
+    assert cli.main(["show", "heads.json", "--import", "own_patterns.py", "--png", "map.png"]) == 0
     assert Path("map.png").read_bytes().startswith(b"\x89PNG")
 
 
