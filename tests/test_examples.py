@@ -25,14 +25,17 @@ PATH = {
 }
 """Script → its arguments, and something that it prints."""
 
+FURTHER = {"bench_decode.py": (["--tokens", "4", "--repeats", "1"], "ms a step")}
+"""The same for those that are no part of the path."""
+
 ELSEWHERE = {"boundaries.py", "pictures.py", "video_needles.py", "text_perplexity.py", "head_search.py"}
 """Run by tests of their own, or too slow for here. ``planted.py`` is a module, and ``bench_prefill.py`` needs a GPU."""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", PATH)
+@pytest.mark.parametrize("script", PATH | FURTHER)
 def test_example(script: str) -> None:
-    arguments, printed = PATH[script]
+    arguments, printed = (PATH | FURTHER)[script]
     found = subprocess.run(
         [sys.executable, str(EXAMPLES / script), *arguments], capture_output=True, text=True, timeout=400, cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},  # threads that wait for each other cost more than they gain
@@ -49,6 +52,6 @@ def test_the_list_of_examples_is_complete() -> None:
     text = (EXAMPLES / "README.md").read_text(encoding="utf-8")
     scripts = {path.name for path in EXAMPLES.glob("*.py")}
     assert set(re.findall(r"\]\((\w+\.py)\)", text)) == scripts - {"planted.py"}
-    assert scripts == set(PATH) | ELSEWHERE | {"planted.py", "bench_prefill.py"}
+    assert scripts == set(PATH) | set(FURTHER) | ELSEWHERE | {"planted.py", "bench_prefill.py"}
     in_order = re.findall(r"^\d\. \[`(\w+\.py)`\]", text, re.MULTILINE)
     assert in_order == list(PATH)
