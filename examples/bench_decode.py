@@ -11,13 +11,12 @@ timed in turns, and the medians are printed.
 from __future__ import annotations
 
 import argparse
-import shutil
 import statistics
 import time
 from typing import Any
 
 import torch
-from quickstart import build_inputs, build_model, synchronize
+from quickstart import INNER, build_inputs, build_model, moved, place, synchronize
 
 import mmi_compile
 from mmi_compile.frontend import find_language_model
@@ -45,14 +44,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=64, help="decode steps of an answer")
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--inner", default="inductor" if shutil.which("g++") else "eager")
+    parser.add_argument("--inner", default=INNER)
     args = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    inputs = {
-        name: x.to(device, dtype) if x.is_floating_point() else x.to(device)
-        for name, x in build_inputs(CLIPS, SIDE).items()
-    }
+    device, dtype = place()
+    inputs = moved(build_inputs(CLIPS, SIDE), device, dtype)
     models = {args.inner: stock(build_model(HEADS).to(device, dtype), args.inner)}
     models["mminference"] = mmi_compile.compile(build_model(HEADS).to(device, dtype), inner=args.inner)
     steps: dict[str, list[float]] = {name: [] for name in models}

@@ -31,7 +31,6 @@ from video_needles import build_prompts, table, write_scores
 import mmi_compile
 from mmi_compile.head_config import HeadConfig
 from mmi_compile.kernels.own_tiles import using_tiles
-from mmi_compile.kernels.patterns import ByModality
 
 
 def main(
@@ -85,8 +84,7 @@ def main(
 
 def boundaries_of(config: HeadConfig) -> str:
     """How many heads have each boundary."""
-    patterns = [entry.pattern for layer in config.layers for entry in layer]
-    found = Counter(p.boundary if isinstance(p, ByModality) else "none" for p in patterns)
+    found = Counter(entry.boundary for layer in config.layers for entry in layer)
     return ", ".join(f"{name} {count}" for name, count in sorted(found.items()))
 
 

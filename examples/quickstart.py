@@ -26,6 +26,7 @@ import mmi_compile
 VIDEO, CLIP_START, CLIP_END, NOTE = 500, 501, 502, 503
 SIZES = {"cpu": (31, 32, 6), "cuda": (124, 64, 24)}
 """Clips, patches per side of a frame (2 × 2 of them become one token), and attention heads, by device."""
+INNER = "inductor" if shutil.which("g++") else "eager"
 
 
 def build_model(heads: int) -> Any:
@@ -78,6 +79,16 @@ def build_inputs(clips: int, side: int) -> dict[str, torch.Tensor]:
     }
 
 
+def place() -> tuple[str, torch.dtype]:
+    """A GPU in bfloat16 if there is one, else the CPU in float32."""
+    return ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+
+
+def moved(inputs: dict[str, torch.Tensor], device: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The inputs on a device, floating-point ones in ``dtype``."""
+    return {n: x.to(device, dtype) if x.is_floating_point() else x.to(device) for n, x in inputs.items()}
+
+
 def language_model_inputs(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
     """What the vision-language model hands to its language model."""
     seen: list[dict[str, Any]] = []
@@ -116,17 +127,13 @@ def main() -> None:
     parser.add_argument("--clips", type=int, help="clips of two frames (31 on a CPU, 124 larger ones on a GPU)")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--code", action="store_true", help="print the rewritten FX graph")
-    parser.add_argument("--inner", default="inductor" if shutil.which("g++") else "eager")
+    parser.add_argument("--inner", default=INNER)
     args = parser.parse_args()
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    device, dtype = place()
     clips, side, heads = SIZES[device]
     clips = args.clips or clips
-    inputs = {
-        name: x.to(device, dtype) if x.is_floating_point() else x.to(device)
-        for name, x in build_inputs(clips, side).items()
-    }
+    inputs = moved(build_inputs(clips, side), device, dtype)
     tokens = inputs["input_ids"].shape[1]
     print(f"a prompt of {tokens} tokens, {clips} clips of video, on {device} in {str(dtype)[6:]}\n")
 
