@@ -45,6 +45,7 @@ def main(
     train: Annotated[bool, typer.Option(help="Videos of the photographs that the model was trained on.")] = False,
     tiles: Annotated[str, typer.Option(help="Rows and keys of a tile, such as 32,32; small ones compute less.")] = "",
     tail: Annotated[bool, typer.Option(help="Keep every key for the last 64 rows, which hold the questions.")] = True,
+    boundaries: Annotated[str, typer.Option(help="What adaptive may choose among, such as none,q,2d.")] = "none",
     device: Annotated[str, typer.Option(help="cpu in float32, or cuda in bfloat16.")] = "cpu",
     threads: Annotated[int, typer.Option(help="Threads of PyTorch; 0 for its own number.", min=0)] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the scores there as well.")] = None,
@@ -53,7 +54,8 @@ def main(
     if threads:
         torch.set_num_threads(threads)
     try:
-        policies = [replace(parse_policy(text), dense_tail=tail) for text in policy or DEFAULT]
+        among = tuple(boundaries.split(","))
+        policies = [replace(parse_policy(text), dense_tail=tail, boundaries=among) for text in policy or DEFAULT]
         tokenizer, model = load_video_model()
         model = on_device(model, device)
         videos = build_prompts(tokenizer, model, frames, range(seed, seed + prompts), "train" if train else "test")

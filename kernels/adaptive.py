@@ -17,29 +17,34 @@ would not be sparse, runs dense. Nothing waits for the device.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mmi_compile.kernels.frames import TileShape, ramp, remembered
+from mmi_compile.kernels.cost import Coefficients, plan_work
+from mmi_compile.kernels.frames import TileShape, remembered
 from mmi_compile.kernels.geometry import Geometry
+from mmi_compile.kernels.part_search import Bounded, assemble, search_parts, why_no_parts
 from mmi_compile.kernels.plan import RECORD, Plan, TileRecord
-from mmi_compile.kernels.planner import Lowered, dense_plan, lower, make_dense
+from mmi_compile.kernels.planner import dense_plan, lower, make_dense
 from mmi_compile.kernels.probe import LAST_Q, run_probe
 from mmi_compile.kernels.search import (
     A_SHAPE,
     DENSE,
     GRID,
     VERTICAL_SLASH,
+    Prices,
     ProbeFrame,
-    Search,
+    PromptSearch,
     max_columns,
     max_diagonals,
+    measure_recall,
     probe_frame,
 )
+from mmi_compile.kernels.segments import Segments
 from mmi_compile.kernels.spread_probe import SPREAD_GROUPS, run_spread_probe
 
 __all__ = [
@@ -50,14 +55,15 @@ __all__ = [
 PATTERN_NAMES = ("dense", "a_shape", "vertical_slash", "grid")
 """Names of the codes in ``HeadChoice.pattern``."""
 
+EVEN = Coefficients(launch=0.0, rows=0.0, tiles=1.0, listed=1.0, columns=1.0, gathered=0.0, dense=1.0)
+"""Under these every key tile counts alike."""
+
 SLACK = 1.25
 """What rows that took no part in the choice may lose, in units of what those that did may: the estimate is noisy, and
 1 would turn heads dense that keep what was asked. On three texts of 8 K tokens recall 0.95 gave, with 1.25, 1.5 and 2,
 densities of 45, 39 and 35 % and perplexities 0.4, 0.6 and 1.0 % above that of dense attention."""
 
-_START, _SINKS, _BLOCKS, _COLUMNS = (
-    TileRecord._fields.index(name) for name in ("window_start", "sink_stop", "num_blocks", "num_columns")
-)
+_BLOCKS, _COLUMNS = (TileRecord._fields.index(name) for name in ("num_blocks", "num_columns"))
 
 
 class Tried(NamedTuple):
@@ -72,20 +78,64 @@ class Tried(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Boundaries:
+    """What the policy may choose beside one pattern for the whole matrix.
+
+    Attributes:
+        names: of ``"q"`` and ``"2d"``, in this order.
+        segments: the prompt, grouped for the same geometry and tiles.
+        labels: what the modalities of ``segments`` are called.
+    """
+
+    names: tuple[str, ...]
+    segments: Segments
+    labels: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Apart:
+    """Heads that treat modalities apart.
+
+    Attributes:
+        chosen: int64 ``[B, HQ]``, 0 for none, else one more than the place in ``found``.
+        found: what all heads would do under each boundary; labels: names of the modalities.
+    """
+
+    chosen: Tensor
+    found: tuple[Bounded, ...]
+    labels: tuple[str, ...]
+
+    def describe(self, b: int, h: int, density: float) -> str | None:
+        """What a head does, for people; None where it does not treat modalities apart."""
+        place = int(self.chosen[b, h])
+        if not place:
+            return None
+        bounded = self.found[place - 1]
+        names = [PATTERN_NAMES[code] for code in bounded.pattern[b, h].tolist()]
+        keys = [f"→{key}" for key in self.labels] if bounded.name == "2d" else [""]
+        where = [query + key for query in self.labels for key in keys]
+        parts = ", ".join(f"{place}: {name}" for place, name in zip(where, names, strict=True))
+        return f"{bounded.name}({parts}): recall {float(bounded.measured[b, h]):.3f}, density {density:.3f}"
+
+
+@dataclass(frozen=True)
 class HeadChoice:
     """What the policy chose, as device tensors ``[B, HQ]``; working them out is left to whoever wants a report.
 
     Attributes:
-        sparse: bool, whether the head follows the candidate that was tried; else it runs dense.
+        sparse: bool, whether the head follows the candidate that was tried for the whole matrix; else it runs dense,
+            unless it treats modalities apart.
         density: float32, tiles computed / tiles of the dense plan, for the final plan.
         positions: ``q_len + q_offset``.
-        tried: the candidate.
+        tried: the candidate for the whole matrix.
+        apart: heads that treat modalities apart; None where that was not tried.
     """
 
     sparse: Tensor
     density: Tensor
     positions: int
     tried: Tried
+    apart: Apart | None = None
 
     @property
     def pattern(self) -> Tensor:
@@ -95,8 +145,16 @@ class HeadChoice:
     @property
     def recall(self) -> Tensor:
         """Share of the probability of the rows that check (of the last rows where none do) on the plan's pairs, before
-        the last rows become dense."""
-        return torch.where(self.sparse, self.tried.recall, 1.0).clamp(max=1.0)
+        the last rows become dense; of a head that treats modalities apart, of the modality that keeps least."""
+        recall = torch.where(self.sparse, self.tried.recall, 1.0)
+        for place, bounded in enumerate(self.apart.found if self.apart else (), 1):
+            recall = torch.where(self.boundary == place, bounded.measured, recall)
+        return recall.clamp(max=1.0)
+
+    @property
+    def boundary(self) -> Tensor:
+        """int64, 0 for none, else one more than the place in ``apart.found``."""
+        return torch.zeros_like(self.tried.pattern) if self.apart is None else self.apart.chosen
 
     @property
     def window(self) -> Tensor:
@@ -122,9 +180,16 @@ class HeadChoice:
         """One line per batch element and head, for people. Copies to the host, hence waits for the device."""
         names = ("pattern", "recall", "density", "window", "columns", "slash_blocks", "stride")
         parts = [getattr(self, name).tolist() for name in names]
-        return [
+        texts = [
             [_describe(*values) for values in zip(*(part[b] for part in parts), strict=True)]
             for b in range(self.sparse.shape[0])
+        ]
+        if self.apart is None:
+            return texts
+        densities = self.density.tolist()
+        return [
+            [self.apart.describe(b, h, densities[b][h]) or text for h, text in enumerate(row)]
+            for b, row in enumerate(texts)
         ]
 
 
@@ -150,6 +215,8 @@ def adaptive_plan(
     strides: Sequence[int] = (),
     dense_tail: bool = True,
     groups: int | None = None,
+    coefficients: Coefficients | None = None,
+    boundaries: Boundaries | None = None,
 ) -> tuple[Plan, HeadChoice]:
     """Choose a pattern for each head from a probe, and lay out its plan.
 
@@ -161,6 +228,9 @@ def adaptive_plan(
         dense_tail: keep every key for the tiles of the last rows: they carry the answer and cost next to nothing.
         groups: groups of rows from all over the prompt that choose beside the last rows, and as many that check; 0 for
             the last rows alone, as in the paper. None for 16, or 0 where the prompt is short.
+        coefficients: by which candidates are compared, as time; None where every key tile counts alike.
+        boundaries: also try to treat modalities apart. Nothing comes of it where ``why_no_parts`` gives a reason, or
+            the prompt is short.
 
     Raises:
         ValueError: ``recall`` or ``max_density`` out of range, or a stride below 1.
@@ -172,9 +242,10 @@ def adaptive_plan(
     peaks = max_diagonals(g.kv_len, bn)
     groups = _groups(g) if groups is None else groups
     probe = run_probe(q, k, g, scale, block_m=tiles.block_m, peaks=peaks, nearest=bn)
-    frame = remembered(_frame_of(groups), g, tiles, q.device)
+    prices = Prices() if coefficients is None else Prices.of(coefficients)
+    frame = remembered(_frame_of(groups, prices), g, tiles, q.device)
     spread = None if frame.spread is None else run_spread_probe(q, k, g, scale, frame.spread, bn)
-    search = Search.of(probe, spread, g, tiles, frame, recall)
+    search = PromptSearch.of(probe, spread, g, tiles, frame, recall)
     found = search.choose(strides)
     lowered = lower(found.rules, g, tiles, diagonals=found.diagonals, frame=frame.tiles)
     plan = lowered.plan
@@ -190,40 +261,23 @@ def adaptive_plan(
         positions=g.q_len + g.q_offset,
         tried=Tried(found.pattern, measured, found.rules.local, plan.tiles[..., 0, :].amax(2), found.stride),
     )
-    return make_dense(plan, which, frame.tiles), choice
-
-
-def measure_recall(lowered: Lowered, search: Search) -> tuple[Tensor, Tensor]:
-    """Share of the probability of probe rows that lies on the plan's pairs, float ``[B, HQ]``: of the rows by which the
-    pattern was chosen, and of those that check it.
-
-    Exact: all rows of a tile visit the same keys, and pairs that the model hides have no mass. NaN where no probe
-    row is live.
-    """
-    plan, frame = lowered.plan, search.frame
-    mass = torch.cat([search.mass, search.checked], 2)
-    tiles = plan.tiles[..., 0, :].gather(2, frame.tile[..., None].expand(*mass.shape[:3], RECORD))
-    tiles = tiles[..., None, :]  # [B, HQ, PT, 1, RECORD]
-    block = ramp(mass.shape[-1], mass.device)
-    # Blocks left of the sinks and diagonals left of what a tile may see hold no mass.
-    visited = (block >= tiles[..., _START]) | (block < tiles[..., _SINKS])
-    if lowered.diagonals is not None:
-        ahead = frame.ahead.expand(*mass.shape)
-        visited = visited | lowered.diagonals[:, :, None].expand(*mass.shape[:3], -1).gather(-1, ahead)
-    covered = (mass * visited).sum(-1)
-    if plan.columns.shape[-1]:
-        keys = plan.columns.long()
-        columns = keys[:, :, None].expand(-1, -1, mass.shape[2], -1)
-        in_use = ramp(columns.shape[-1], mass.device) < tiles[..., _COLUMNS]
-        # True > False: in use, and not in a block that is visited already.
-        own = in_use > visited.gather(-1, columns // plan.block_n)
-        covered = covered + (search.mass_at(keys) * own).sum(-1)
-    # NaN inputs and heads without any live row give NaN here, and such a head then runs dense.
-    count = search.mass.shape[2]
-    chosen = covered[..., :count].sum(-1) / search.total
-    if frame.spread is None:
-        return chosen, chosen
-    return chosen, covered[..., count:].sum(-1) / search.checked.sum((-1, -2))
+    plan = make_dense(plan, which, frame.tiles)
+    if boundaries is None or not groups or why_no_parts(g, tiles, boundaries.segments) is not None:
+        return plan, choice
+    bounded = search_parts(
+        q, k, g, scale, tiles, boundaries.segments, boundaries=boundaries.names, recall=recall, prices=prices,
+        columns=plan.columns.shape[-1], strides=strides,
+    )  # fmt: skip
+    time = EVEN if coefficients is None else coefficients
+    costs = [torch.as_tensor(time.seconds(plan_work(plan), calls=0))]
+    for each in bounded:
+        fits = each.fits & (each.chosen >= recall) & (each.measured >= 1 - SLACK * (1 - recall))
+        fits = fits & (each.work.visited / frame.full <= max_density)
+        costs.append(torch.where(fits, each.work_seconds(time), torch.inf))
+    picked = torch.stack(costs).argmin(0)
+    plan = assemble(plan, picked, bounded, boundaries.segments, dense_tail=dense_tail)
+    apart = Apart(picked, tuple(bounded), boundaries.labels)
+    return plan, replace(choice, density=plan.work().sum(-1) / frame.full, apart=apart)
 
 
 def _check(recall: float, max_density: float, strides: Sequence[int]) -> None:
@@ -241,8 +295,8 @@ def _groups(geometry: Geometry) -> int:
 
 
 @lru_cache(maxsize=8)
-def _frame_of(groups: int) -> Callable[[Geometry, TileShape, torch.device], ProbeFrame]:
-    return partial(probe_frame, groups=groups)
+def _frame_of(groups: int, prices: Prices) -> Callable[[Geometry, TileShape, torch.device], ProbeFrame]:
+    return partial(probe_frame, groups=groups, prices=prices)
 
 
 def _without_rows(geometry: Geometry, tiles: TileShape, device: torch.device) -> tuple[Plan, HeadChoice]:

@@ -99,7 +99,7 @@ def estimate_parts(
     regions = {h: p for h, p in bounded.items() if p.boundary == "2d"}
     # Ranks and counts of keys take the place of positions.
     compact = Geometry(g.batch, g.q_heads, g.kv_heads, g.kv_len, g.kv_len)
-    places = [_compact(frame, segments, key, tiles) for key in range(len(labels))]
+    places = [compact_frame(frame, segments, key, tiles) for key in range(len(labels))]
     chosen: dict[tuple[int, int], dict[int, Pattern]] = {}
     for query, label in enumerate(labels):
         if by_rows:
@@ -154,7 +154,7 @@ def _part(
     return Part(query, key, tuple(chosen), rules, tuple(last), frame, geometry, own)
 
 
-def _compact(frame: TileFrame, segments: Segments, key: int, tiles: TileShape) -> TileFrame:
+def compact_frame(frame: TileFrame, segments: Segments, key: int, tiles: TileShape) -> TileFrame:
     """The tiles of ``frame`` in compact coordinates of one key modality: -1 where a row sees no such key."""
     seen, bn = segments.seen[:, key], tiles.block_n
     low, high = (

@@ -112,28 +112,39 @@ def plan_work(plan: Plan, groups: Tensor | None = None, count: int = 1, region: 
         groups: integers ``[B, QT]`` below ``count``: count the tiles of each group apart, ``[B, HQ, count]``.
         region: only this region.
     """
-    r, bn = plan.record, plan.block_n
+    r = plan.record
     if region is not None:
         r = TileRecord(*(field[..., region : region + 1] for field in r))
+    plain = plan.row_order is None and plan.regions == 1
+    whole = float(causal_tiles(plan.geometry, plan.block_m, plan.block_n)) if plain else None
+    if groups is not None:
+        return record_work(r, plan.block_n, groups, count, whole=whole)
+    one = torch.zeros(1, plan.query_tiles, dtype=torch.int32, device=plan.tiles.device)
+    return Work(*(torch.as_tensor(part)[..., 0] for part in record_work(r, plan.block_n, one, 1, whole=whole)))
+
+
+def record_work(record: TileRecord, block_n: int, groups: Tensor, count: int, *, whole: float | None = None) -> Work:
+    """The work of tiles ``[B, HQ, QT, R]``, float32 ``[B, HQ, count]``: for each group of tiles apart.
+
+    Args:
+        groups: integers ``[B or 1, QT]`` below ``count``.
+        whole: tiles of causal attention, where heads that visit as many in plain windows run as dense ones.
+    """
+    r, bn = record, block_n
     windows = (r.window_stop - r.window_start + r.sink_stop - r.sink_start).sum(3).float()
     listed = r.num_blocks.sum(3).float()
     columns = ((r.num_columns + (bn - 1)) // bn).sum(3).float()
     work = windows + listed + columns
-    whole = float(causal_tiles(plan.geometry, plan.block_m, bn))
-    # A head that visits as many tiles as causal attention, in plain windows, runs as dense attention.
-    is_dense = ((windows.sum(-1) == whole) & ((listed + columns).sum(-1) == 0))[..., None]
-    if plan.row_order is not None or plan.regions > 1:
-        is_dense = is_dense & False
-    if groups is None:
-        member = torch.ones(*work.shape[::2], 1, dtype=torch.bool, device=work.device)
-    else:
-        member = groups[..., None] == torch.arange(count, device=work.device)  # [B, QT, count]
+    member = groups[..., None] == torch.arange(count, device=work.device)  # [B or 1, QT, count]
     used = (r.num_columns[..., None] * member[:, None, :, None]).amax(2)  # [B, HQ, R, count]
+    is_dense = torch.zeros(*work.shape[:2], 1, dtype=torch.bool, device=work.device)
+    if whole is not None:
+        is_dense = ((windows.sum(-1) == whole) & ((listed + columns).sum(-1) == 0))[..., None]
 
     def grouped(amount: Tensor) -> Tensor:
         return (amount[..., None] * member[:, None]).sum(2)
 
-    result = Work(
+    return Work(
         rows=grouped((work > 0).float()),
         tiles=grouped(windows.masked_fill(is_dense, 0.0)),
         listed=grouped(listed),
@@ -141,7 +152,6 @@ def plan_work(plan: Plan, groups: Tensor | None = None, count: int = 1, region: 
         gathered=((used + (bn - 1)) // bn).sum(2).float(),
         dense=grouped(windows.masked_fill(~is_dense, 0.0)),
     )
-    return result if groups is not None else Work(*(torch.as_tensor(part)[..., 0] for part in result))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -8,16 +8,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mmi_compile.kernels.adaptive import adaptive_plan
+from mmi_compile.cost_file import Costs, coefficients_for
+from mmi_compile.kernels.adaptive import Boundaries, adaptive_plan
 from mmi_compile.kernels.boundaries import build_bounded_plan
+from mmi_compile.kernels.cost import Work
 from mmi_compile.kernels.cpu import attention_cpu
 from mmi_compile.kernels.dense import dense_attention
 from mmi_compile.kernels.geometry import Geometry, check_scale
 from mmi_compile.kernels.guard import NO_GUARD, Guard, enforce, guard_rows, measure
 from mmi_compile.kernels.layer_heads import LayerHeads
 from mmi_compile.kernels.own_tiles import own_tiles
+from mmi_compile.kernels.part_search import why_no_parts
 from mmi_compile.kernels.patterns import ByModality
-from mmi_compile.kernels.plan import Plan
+from mmi_compile.kernels.plan import Plan, causal_tiles
 from mmi_compile.kernels.planner import TileShape, build_plan, dense_plan, keep_tail
 from mmi_compile.kernels.segments import Segments
 from mmi_compile.profiling import span
@@ -29,6 +32,8 @@ took 1.34 times as long at 4 K tokens, 0.83 at 6 K and 0.75 at 8 K."""
 GPU_DENSE_BELOW = 7e12
 """The same on a GPU, in floating-point operations of the dense attention. On one H100 with 28 heads, probe and plan
 took the device 2 to 5 ms and the host 9 ms; dense attention of this size takes the device 10 ms."""
+GPU_DENSE_SECONDS = 0.010
+"""The same where the device was calibrated: predicted time of the dense attention."""
 OWN_DENSE_ABOVE = 1e12
 """Floating-point operations above which dense attention runs on our own kernel where that beats cuDNN (Hopper: 9 to
 24 % from 4 K to 128 K tokens). Smaller calls go to cuDNN, which costs the host less to launch."""
@@ -55,6 +60,30 @@ class ConfiguredHeads:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class ApartHeads:
+    """What ``policy="adaptive"`` may choose beside one pattern for the whole matrix.
+
+    Attributes:
+        boundaries: "q", "2d" or both.
+        segments: the grouped prompt for given tiles; None where that was not to be had: note says why.
+    """
+
+    boundaries: tuple[str, ...]
+    segments: Callable[[TileShape], Segments] | None = None
+    note: str = ""
+
+    def given(self, geometry: Geometry, tiles: TileShape) -> tuple[Boundaries | None, str]:
+        """For the planner, or None and the reason."""
+        if self.segments is None:
+            return None, self.note
+        segments = self.segments(tiles)
+        reason = why_no_parts(geometry, tiles, segments)
+        if reason is not None:
+            return None, f"boundaries were not tried: {reason}"
+        return Boundaries(self.boundaries, segments, ("text", "vision")), ""
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -69,6 +98,7 @@ def attention(
     min_tokens: int,
     dense_tail: bool = True,
     configured: ConfiguredHeads | None = None,
+    apart: ApartHeads | None = None,
     guard: Guard = NO_GUARD,
 ) -> tuple[Tensor, AttentionRun]:
     """Prefill attention ``[B, HQ, q_len, D]``, and how it ran.
@@ -78,7 +108,8 @@ def attention(
         new_output: makes the tensor that our own kernels write to. Fused kernels of PyTorch make their own.
         policy, recall, max_density, min_tokens, dense_tail: as for ``mmi::attention``; with a negative ``min_tokens``
             the device and the amount of work decide.
-        configured: the heads of this layer, for ``policy="config"`` alone.
+        configured: the heads of this layer, for ``policy="config"`` alone. apart: boundaries that heads may choose,
+            for ``policy="adaptive"``.
         guard: what to verify where heads are sparse.
 
     Raises:
@@ -89,8 +120,9 @@ def attention(
     if not q.numel() or not k.numel():
         run.path = "nothing to attend to"
         return new_output().zero_(), run
-    tiles, kernel, name = _kernel_for(q.device, q.dtype, q.shape[3], portable=geometry.has_rows)
-    why_dense = _why_dense(q, geometry, policy, min_tokens)
+    tiles, kernel, name, family = _kernel_for(q.device, q.dtype, q.shape[3], portable=geometry.has_rows)
+    costs = coefficients_for(q.device, family, q.shape[3], tiles)
+    why_dense = _why_dense(q, geometry, policy, min_tokens, costs, tiles)
     if why_dense:
         run.path = f"dense ({why_dense})"
         if geometry.has_rows and q.device.type == "cuda":
@@ -111,10 +143,13 @@ def attention(
         run.heads, run.density, run.notes = configured.heads.describe(), plan.density(), configured.notes
     else:
         with span("mmi::plan"):
+            boundaries, note = (None, "") if apart is None else apart.given(geometry, tiles)
             plan, choice = adaptive_plan(
-                q, k, geometry, scale, tiles, recall=recall, max_density=max_density, dense_tail=dense_tail
-            )
+                q, k, geometry, scale, tiles, recall=recall, max_density=max_density, dense_tail=dense_tail,
+                coefficients=costs.coefficients, boundaries=boundaries,
+            )  # fmt: skip
         run.choice, run.density = choice, choice.density
+        run.notes = tuple(filter(None, (note, costs.problem)))
     if not guard.asked:
         with span("mmi::kernel"):
             return kernel(q, k, v, plan, scale, new_output()), run
@@ -160,9 +195,14 @@ def configured_plan(
     return keep_tail(plan) if configured.dense_tail else plan
 
 
-def _why_dense(q: Tensor, geometry: Geometry, policy: str, min_tokens: int) -> str:
+def _why_dense(q: Tensor, geometry: Geometry, policy: str, min_tokens: int, costs: Costs, tiles: TileShape) -> str:
     if policy == "exact":
         return "policy exact"
+    if min_tokens < 0 and q.device.type == "cuda" and costs.measured:
+        one_head = Work(dense=float(causal_tiles(geometry, tiles.block_m, tiles.block_n)))
+        seconds = float(costs.coefficients.seconds(one_head, calls=0)) * geometry.batch * geometry.q_heads
+        few = seconds < GPU_DENSE_SECONDS
+        return f"{seconds * 1e3:.1f} ms < {GPU_DENSE_SECONDS * 1e3:g} ms, too little for a plan to pay" if few else ""
     if min_tokens < 0 and q.device.type == "cuda":
         work = dense_flop(geometry, q.shape[3])
         return (
@@ -195,10 +235,13 @@ def tiles_for(device: torch.device, dtype: torch.dtype, head_dim: int) -> TileSh
 
 def _kernel_for(
     device: torch.device, dtype: torch.dtype, head_dim: int, *, portable: bool = False
-) -> tuple[TileShape, RunPlan, str]:
-    """Tiles, kernel and its name; ``portable`` where no other family has a kernel for the geometry."""
+) -> tuple[TileShape, RunPlan, str, str]:
+    """Tiles, kernel, its name, and its family in the cost model.
+
+    ``portable`` where no other family has a kernel for the geometry.
+    """
     if device.type == "cpu":
-        return own_tiles() or CPU_TILES, attention_cpu, "tile-sparse PyTorch"
+        return own_tiles() or CPU_TILES, attention_cpu, "tile-sparse PyTorch", "cpu"
     from mmi_compile.kernels.run import families, family_tiles, run_plan
 
     known = families(device, dtype, head_dim)
@@ -208,4 +251,4 @@ def _kernel_for(
     def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, out: Tensor | None) -> Tensor:
         return run_plan(q, k, v, plan, scale, family=family, out=out)
 
-    return tiles, run, f"Triton, {family}"
+    return tiles, run, f"Triton, {family}", family

@@ -300,6 +300,20 @@ def fused_modality_probe(
     return ModalityProbe(segments, layout.entries, columns, layout.ordered, by_position, layout.compact, by_rank)
 
 
+class Statistics(NamedTuple):
+    """Of each row over each chunk of keys: the maximum of its scores, and the sum of ``2 ** (score - maximum)``; float
+    ``[B, entries, chunks, 64]``."""
+
+    maxima: Tensor
+    sums: Tensor
+
+    @classmethod
+    def known(cls, log_sums: Tensor) -> Statistics:
+        """Of rows whose sums are known, as logarithms to base 2, float ``[B, entries, 64]``; infinite for no row."""
+        real = log_sums.isfinite()[:, :, None]
+        return cls(torch.where(real, log_sums[:, :, None], -torch.inf).contiguous(), real.to(log_sums.dtype))
+
+
 @dataclass(frozen=True)
 class PackedRows:
     """Probe rows of some *kinds* (here modalities), and which heads attend from them: what the launches share.
@@ -331,17 +345,32 @@ class PackedRows:
         Returns:
             The logarithm to base 2 of every row's sum, float ``[B, entries, 64]``.
         """
-        g, count, device = self.geometry, len(self.entries), self.q.device
-        stats, sums = (self._chunked(tile, programs) for tile in (tiles.stats, tiles.columns))
-        partial = torch.empty(2, g.batch, count, stats["n_chunks"], _ROWS, device=device)
-        log_sums = torch.empty(g.batch, count, _ROWS, device=device)
-        given = self.arguments() | extra | {
-            "row_max": partial[0], "row_sum": partial[1], "stats_chunks": stats["n_chunks"], "log_sums": log_sums,
+        return self.sums(name, tiles, programs, extra, self.statistics(tiles, programs))
+
+    def statistics(self, tiles: ModalityTiles, programs: int) -> Statistics:
+        """Maximum and sum of every row, a chunk of keys at a time."""
+        chunks = self._chunked(tiles.stats, programs)
+        shape = (self.geometry.batch, len(self.entries), chunks["n_chunks"], _ROWS)
+        found = Statistics(*torch.empty(2, *shape, device=self.q.device).unbind(0))
+        self._pass("modality_row_stats", tiles.stats, chunks, {"row_max": found.maxima, "row_sum": found.sums})
+        return found
+
+    def sums(
+        self, name: str, tiles: ModalityTiles, programs: int, extra: dict[str, Any], statistics: Statistics
+    ) -> Tensor:
+        """The second of these passes."""
+        log_sums = torch.empty(self.geometry.batch, len(self.entries), _ROWS, device=self.q.device)
+        known = {
+            "row_max": statistics.maxima, "row_sum": statistics.sums, "stats_chunks": statistics.maxima.shape[2],
+            "log_sums": log_sums,
         }  # fmt: skip
-        for kernel, chunks, tile in (("modality_row_stats", stats, tiles.stats), (name, sums, tiles.columns)):
-            # Packs vary fastest: programs that run at the same time then share keys in the L2 cache.
-            _launch(kernel, given | chunks, self.q, (g.batch * chunks["n_packs"], chunks["n_chunks"]), tile)
+        self._pass(name, tiles.columns, self._chunked(tiles.columns, programs), extra | known)
         return log_sums
+
+    def _pass(self, kernel: str, tile: PassTile, chunks: dict[str, Any], extra: dict[str, Any]) -> None:
+        # Packs vary fastest: programs that run at the same time then share keys in the L2 cache.
+        grid = (self.geometry.batch * chunks["n_packs"], chunks["n_chunks"])
+        _launch(kernel, self.arguments() | extra | chunks, self.q, grid, tile)
 
     def launch_by_entry(self, name: str, tile: PassTile, keys: int, extra: dict[str, Any]) -> None:
         """One program for each entry and ``tile.block_n`` of ``keys``; ``tile.heads`` is 1."""
@@ -470,7 +499,7 @@ def compile_ahead(arch: str, dtype: str, head_dim: int, *, special: bool = False
 
 
 _INT_POINTERS = frozenset({
-    "packs", "places", "positions", "newest", "key_order", "key_start", "kv_start", "kv_stop", "credit_start",
+    "packs", "places", "positions", "rows", "newest", "key_order", "key_start", "kv_start", "kv_stop", "credit_start",
     "credit_stop", "keys",
 })  # fmt: skip
 _FLOAT_POINTERS = frozenset({

@@ -65,6 +65,7 @@ def attention(
     verify: float = 0.0,
     min_recall: float = 0.0,
     guard_rows: int = 64,
+    boundaries: str = "",
 ) -> Tensor:
     """Causal attention of a prefill.
 
@@ -92,6 +93,7 @@ def attention(
         verify: share of the sparse calls that are compared with exact attention on some rows, for the report.
         min_recall: sparse heads that keep a smaller share of the probability on those rows run densely; 0 asks nothing.
         guard_rows: how many rows, spread over the whole prompt.
+        boundaries: under ``"adaptive"``, "q", "2d" or "q,2d" where heads may also treat text and everything else apart.
 
     Returns:
         ``[B, HQ, q_len, D]`` in q's dtype. Rows that may see no key are zero.
@@ -115,10 +117,11 @@ def attention(
         found = _observed(key, layer, q, k, v, geometry, scale, modality, prompt)
         if found is None:
             configured = _configured(heads, dense_tail, modality, segments, geometry, prompt) if heads else None
+            apart = _apart(boundaries, modality, segments, geometry, prompt) if boundaries else None
             found = dispatch.attention(
                 q, k, v, geometry, scale, partial(empty_output, q, v, layout), policy=policy, recall=recall,
                 max_density=max_density, min_tokens=min_tokens, dense_tail=dense_tail, configured=configured,
-                guard=Guard(runtime.is_due(key, verify), min_recall, guard_rows),
+                apart=apart, guard=Guard(runtime.is_due(key, verify), min_recall, guard_rows),
             )  # fmt: skip
     out, run = found
     runtime.record_attention(key, run)
@@ -181,6 +184,33 @@ def _configured(
     return dispatch.ConfiguredHeads(layer, dense_tail, grouped, (note,) if note else ())
 
 
+def _apart(
+    boundaries: str, modality: Tensor | None, segments: list[Tensor], geometry: Geometry, prompt: runtime.Prompt
+) -> dispatch.ApartHeads:
+    """What heads may choose among, with the prompt grouped into text and everything else."""
+    names = tuple(boundaries.split(","))
+    if modality is None or not prompt.known:
+        return dispatch.ApartHeads(names, note="the modality of this prompt is not known: boundaries were not tried")
+    ids = modality
+
+    def grouped(tiles: TileShape) -> Segments:
+        if segments:
+            shared = Segments.of(VISION_LABELS, segments)
+            if shared.fits(geometry, tiles):
+                return shared
+        return segment(_is_vision(ids), VISION_LABELS, geometry, tiles)
+
+    return dispatch.ApartHeads(names, grouped)
+
+
+VISION_LABELS = (0, 1)
+"""What policy ``adaptive`` tells apart: text, and everything else."""
+
+
+def _is_vision(ids: Tensor) -> Tensor:
+    return (ids != 0).to(torch.int8)
+
+
 _ALL_TEXT = "the modality of this prompt is not known: every token counts as text"
 
 
@@ -205,7 +235,7 @@ def _(
     q: Tensor, k: Tensor, v: Tensor, key_padding: Tensor | None, key_bounds: Tensor | None, modality: Tensor | None,
     segments: list[Tensor], scale: float, q_offset: int, window: int, policy: str, recall: float, max_density: float,
     min_tokens: int, dense_tail: bool, heads: str, layer: int | None, layout: str, key: str, abi: int,
-    verify: float = 0.0, min_recall: float = 0.0, guard_rows: int = 64,
+    verify: float = 0.0, min_recall: float = 0.0, guard_rows: int = 64, boundaries: str = "",
 ) -> Tensor:  # fmt: skip
     return empty_output(q, v, layout)
 
@@ -337,7 +367,7 @@ def segments_of(
         q: of the first attention that reads the result. modality: int8 ``[B, keys]``.
         key_padding, key_bounds, q_offset: as for ``mmi::attention``.
         names: modalities that the head config tells apart, as
-            :func:`mmi_compile.kernels.layer_heads.names_to_text` writes them.
+            :func:`mmi_compile.kernels.layer_heads.names_to_text` writes them; none for text and everything else.
         graph_key: the reading graph, whose prompt says what its ids are called.
     """
     check_abi(abi)
@@ -348,8 +378,10 @@ def segments_of(
         kv_start=start, kv_stop=stop, key_padding=holes,
     )  # fmt: skip
     modalities = parse_names(names)
-    ids = _config_ids(modality[:, :kv_len], modalities, runtime.prompt_here(graph_key, *modality.shape))
     tiles = dispatch.tiles_for(q.device, q.dtype, q.shape[3])
+    if not modalities:
+        return segment(_is_vision(modality[:, :kv_len]), VISION_LABELS, geometry, tiles).tensors()
+    ids = _config_ids(modality[:, :kv_len], modalities, runtime.prompt_here(graph_key, *modality.shape))
     return segment(ids, labels_of(modalities), geometry, tiles).tensors()
 
 
@@ -360,7 +392,9 @@ def _(
 ) -> list[Tensor]:  # fmt: skip
     kv_len = torch.sym_min(modality.shape[1], q.shape[2] + q_offset)
     tiles = dispatch.tiles_for(q.device, q.dtype, int(q.shape[3]))
-    shapes = segment_shapes(q.shape[0], q.shape[2], kv_len, len(labels_of(parse_names(names))), tiles)
+    modalities = parse_names(names)
+    count = len(labels_of(modalities) if modalities else VISION_LABELS)
+    shapes = segment_shapes(q.shape[0], q.shape[2], kv_len, count, tiles)
     return [
         q.new_empty(shape, dtype=torch.int32 if index < len(shapes) - 1 else torch.bool)
         for index, shape in enumerate(shapes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -215,7 +216,10 @@ class Plan:
 def causal_tiles(geometry: Geometry, block_m: int, block_n: int) -> int:
     """Key tiles that one head of dense causal attention visits, counted on the host."""
     g = geometry
-    tiles = -(-g.q_len // block_m)
-    # A loop over tiles in Python would be slow at a million tokens; numpy is not worth an import here.
-    last = (torch.arange(1, tiles + 1) * block_m).clamp(max=g.q_len) - 1 + g.q_offset
-    return int((last.clamp(max=g.kv_len - 1) // block_n + 1).sum())
+    return _causal_tiles(g.q_len, g.q_offset, g.kv_len, block_m, block_n)
+
+
+@lru_cache(maxsize=256)
+def _causal_tiles(q_len: int, q_offset: int, kv_len: int, block_m: int, block_n: int) -> int:
+    last = (min(end, q_len) - 1 + q_offset for end in range(block_m, q_len + block_m, block_m))
+    return sum(min(key, kv_len - 1) // block_n + 1 for key in last)

@@ -14,9 +14,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mmi_compile.kernels.cost import Coefficients
 from mmi_compile.kernels.frames import TileFrame, TileShape, constant, keep, ramp, tile_frame
 from mmi_compile.kernels.geometry import Geometry
-from mmi_compile.kernels.planner import block_offsets, list_size
+from mmi_compile.kernels.plan import RECORD, TileRecord
+from mmi_compile.kernels.planner import Lowered, block_offsets, list_size
 from mmi_compile.kernels.probe import Probe, best_phase, phase_mass, probe_rows, probe_tile_count
 from mmi_compile.kernels.rules import MIN_STRIDE, HeadRules, autocorrelation_stride
 from mmi_compile.kernels.spread_probe import SpreadProbe, SpreadRows, spread_rows
@@ -78,43 +80,89 @@ def max_diagonals(kv_len: int, block_n: int) -> int:
     return min(MAX_DIAGONALS, max(1, kv_len // block_n // 8))
 
 
+_START, _SINKS, _COLUMNS = (TileRecord._fields.index(name) for name in ("window_start", "sink_stop", "num_columns"))
+
+
+class Prices(NamedTuple):
+    """What a key tile takes, in units of one of a window: on a block list, of columns, of keys that are gathered once
+    per head, and of a dense head."""
+
+    listed: float = 1.0
+    columns: float = 1.0
+    gathered: float = 0.0
+    dense: float = 1.0
+
+    @classmethod
+    def of(cls, coefficients: Coefficients) -> Prices:
+        """What they are by measured or built-in coefficients."""
+        c = coefficients
+        if not c.tiles:
+            return cls()
+        return cls(c.listed / c.tiles, c.columns / c.tiles, c.gathered / c.tiles, c.dense / c.tiles)
+
+
 class Costs(NamedTuple):
-    """What candidates cost, by lengths alone, in keys per query averaged over the rows. float32 unless said otherwise.
+    """What candidates cost, in keys per query averaged over the rows; a key in a window costs 1. float32 unless said
+    otherwise; a leading ``b`` is 1 where lengths alone decide.
 
     Attributes:
-        window: ``[W + 1]``, a window and the sinks; the last one is dense.
+        dense: ``[b, 1]``, everything.
+        window: ``[b, 1, W + 1]``, a window and the sinks.
         local: int32 ``[W + 1]``, the same windows in tokens. The probe rows may stand at the end of their tile and see
             the whole of it beside the blocks of the window; a tile's first row sees none of it. So that it reaches as
             far back as the probe rows do, a window is longer than what was measured by a query tile.
-        diagonal: ``[W]``, one block diagonal at each offset.
-        rung: ``[L]``, a window of the ladder and all block diagonals beyond it; one more, so that a plain a_shape wins
-            a tie.
-        grid_rung: ``[L]``, a window of the ladder beside a grid; line: scalar, a grid of stride 1.
+        diagonal: ``[b, 1, W]``, one block diagonal at each offset.
+        rung: ``[b, 1, 1, L]``, a window of the ladder and all block diagonals beyond it; one more, so that a plain
+            a_shape wins a tie.
+        grid_rung: ``[b, 1, 1, L]``, a window of the ladder beside a grid.
+        column: ``[b, 1, 1]``, one column; line: likewise, a grid of stride 1.
     """
 
+    dense: Tensor
     window: Tensor
     local: Tensor
     diagonal: Tensor
     rung: Tensor
     grid_rung: Tensor
+    column: Tensor
     line: Tensor
 
+    @classmethod
+    def of(
+        cls, windows: tuple[Tensor, Tensor, Tensor], local: Tensor, diagonal: Tensor, column: Tensor, kv_len: int,
+        ladder: tuple[int, ...], prices: Prices,
+    ) -> Costs:  # fmt: skip
+        """From what everything, windows of any size and windows of the ladder take, ``[b, 1]``, ``[b, 1, W + 1]`` and
+        ``[b, 1, L]``, and diagonals, in keys; and what a column takes."""
+        dense, window, rung = windows
+        diagonal = diagonal * prices.listed
+        beyond = diagonal.sum(-1, keepdim=True) - diagonal.cumsum(-1)
+        beyond = beyond.index_select(-1, constant(ladder, local.device, torch.int64))
+        return cls(
+            dense=(dense * prices.dense).float(),
+            window=window.float(),
+            local=local,
+            diagonal=diagonal.float(),
+            rung=(rung + beyond)[:, :, None].float() + 1,
+            grid_rung=(rung * GRID_BONUS)[:, :, None].float(),
+            column=column.float(),
+            line=(GRID_BONUS * kv_len * column).float(),
+        )
 
-def _costs(q_len: int, q_offset: int, kv_len: int, block_m: int, block_n: int, device: torch.device) -> Costs:
+
+def _costs(
+    q_len: int, q_offset: int, kv_len: int, block_m: int, block_n: int, prices: Prices, device: torch.device
+) -> Costs:
     positions = q_len + q_offset
     offset = torch.arange(positions // block_n + 3, device=device)
     window = _window_cost(offset, q_len, q_offset, block_m, block_n)
     diagonal = (positions - (offset[:-1] * block_n).clamp(min=q_offset)).clamp(min=0).double() * (block_n / q_len)
-    beyond = diagonal.sum() - diagonal.cumsum(-1)
-    at = constant(window_ladder(positions, block_n), device, torch.int64)
-    return Costs(
-        window=window.float(),
-        local=(offset * block_n + block_m).clamp(max=positions).int(),
-        diagonal=diagonal.float(),
-        rung=(window[:-1] + beyond).index_select(0, at).float() + 1,
-        grid_rung=(window.index_select(0, at) * GRID_BONUS).float(),
-        line=torch.full((), GRID_BONUS * kv_len, device=device),
-    )
+    column = torch.full((1, 1, 1), prices.columns + prices.gathered * block_m / q_len, device=device)
+    local = (offset * block_n + block_m).clamp(max=positions).int()
+    ladder = window_ladder(positions, block_n)
+    window = window[None, None]
+    windows = (window[..., -1], window, window.index_select(-1, constant(ladder, device, torch.int64)))
+    return Costs.of(windows, local, diagonal[None, None], column, kv_len, ladder, prices)
 
 
 def _window_cost(window: Tensor, q_len: int, q_offset: int, block_m: int, block_n: int) -> Tensor:
@@ -133,45 +181,55 @@ def window_ladder(positions: int, block_n: int) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class ProbeFrame:
-    """What lengths and padding alone say of a probe. A leading ``b`` is 1, or ``B`` where there is padding.
+class SearchFrame:
+    """What a search must know beside a probe. A leading ``b`` is 1 where it is the same for all batch elements.
 
     Attributes:
         tiles: facts of all query tiles.
-        tile: int64 ``[b, 1, PT]``, query tiles of the probe rows: those of the last rows, those of the groups by which
-            patterns are chosen, and those of the groups by which they are checked.
-        tail: bool ``[b, 1, QT]``, tiles of the last rows.
-        spread: rows of these groups, ``G`` of each kind; None when there are none.
+        tile: int64 ``[b, 1, PT]``, query tiles of the groups of probe rows: those that choose, and those that check.
         edge: int64 ``[b, 1, PT, W]``, key block at each offset from the key block of the tile's first position.
         known: bool, likewise, whether there is one right of the sinks.
         ahead: int64 ``[b, 1, PT, key blocks]``, offset of each key block, 0 for those that are not left of the tile.
-        inside: bool ``[b, 1, kv_len]``, keys for which a column may be credited by the last rows.
-        before: likewise, keys that the last rows may take as columns in any case: all between sinks and window.
-        ladder: see ``window_ladder``.
-        line_edge: int64 ``[b, 1, 1, L]``, one below the first key of each such window, seen from the first probe tile.
-        costs: what candidates cost.
-        dense_work: int32 ``[b, 1, QT]``, key tiles that a dense query tile visits; full: ``[b, 1]``, their sum.
+        ladder: see ``window_ladder``. costs: what candidates cost.
     """
 
     tiles: TileFrame
     tile: Tensor
-    tail: Tensor
-    spread: SpreadRows | None
     edge: Tensor
     known: Tensor
     ahead: Tensor
+    ladder: tuple[int, ...]
+    costs: Costs
+
+
+@dataclass(frozen=True)
+class ProbeFrame(SearchFrame):
+    """What lengths and padding alone say of a probe. A leading ``b`` is 1, or ``B`` where there is padding.
+
+    Attributes:
+        tail: bool ``[b, 1, QT]``, tiles of the last rows.
+        spread: rows from all over the prompt, ``G`` groups of each kind; None when there are none.
+        inside: bool ``[b, 1, kv_len]``, keys for which a column may be credited by the last rows.
+        before: likewise, keys that the last rows may take as columns in any case: all between sinks and window.
+        line_edge: int64 ``[b, 1, 1, L]``, one below the first key of each window of the ladder, seen from the first
+            probe tile.
+        dense_work: int32 ``[b, 1, QT]``, key tiles that a dense query tile visits; full: ``[b, 1]``, their sum.
+    """
+
+    tail: Tensor
+    spread: SpreadRows | None
     inside: Tensor
     before: Tensor
-    ladder: tuple[int, ...]
     line_edge: Tensor
-    costs: Costs
     dense_work: Tensor
     full: Tensor
 
 
-def probe_frame(geometry: Geometry, tiles: TileShape, device: torch.device, groups: int = 0) -> ProbeFrame:
+def probe_frame(
+    geometry: Geometry, tiles: TileShape, device: torch.device, groups: int = 0, prices: Prices | None = None
+) -> ProbeFrame:
     """Made once per geometry without padding, through ``remembered``; ``groups`` of the spread probe choose, as many
-    check."""
+    check; ``prices`` None where every key tile counts alike."""
     g, bm, bn = geometry, tiles.block_m, tiles.block_n
     facts = tile_frame(g, tiles, device)
     some = slice(g.batch if g.has_padding else 1)
@@ -208,7 +266,7 @@ def probe_frame(geometry: Geometry, tiles: TileShape, device: torch.device, grou
         before=(j >= sink_end * bn) & (j < rows[:, :1, None] + (g.q_offset - bm)),
         ladder=ladder,
         line_edge=line_edge.clamp(0, g.kv_len)[:, :, None] - 1,
-        costs=keep(_costs, (g.q_len, g.q_offset, g.kv_len, bm, bn), device),
+        costs=keep(_costs, (g.q_len, g.q_offset, g.kv_len, bm, bn, prices or Prices()), device),
         dense_work=dense_work,
         full=dense_work.sum(-1),
     )
@@ -224,7 +282,20 @@ class Found(NamedTuple):
     stride: Tensor
 
 
-class _Best(NamedTuple):
+class Columns(NamedTuple):
+    """Keys in descending order of their credit, ``[B, HQ, K]`` each; keys int64."""
+
+    credit: Tensor
+    keys: Tensor
+
+
+def may_be_lost(recall: float) -> float:
+    """Share of the mass that may be lost: a hair below the target, so that rounding cannot turn a head that just
+    reaches it into a dense one."""
+    return (1 - recall) * 0.999
+
+
+class Best(NamedTuple):
     """The cheapest setting of a family: keys per query ``[B, HQ]``, inf when none reaches the target; the rest int64,
     broadcastable to it: window in key blocks, columns and diagonals in use, stride and phase of a grid."""
 
@@ -238,37 +309,155 @@ class _Best(NamedTuple):
 
 @dataclass(frozen=True)
 class Search:
-    """One probe, ready to be searched.
+    """Probes, ready to be searched. ``PT`` groups of rows that choose: those of a query tile, or fewer.
 
     Attributes:
-        mass: ``[B, HQ, PT, key blocks]``, mass of the probe rows of each tile on each key block; checked: of the groups
-            that check, ``[B, HQ, G, key blocks]``.
+        mass: ``[B, HQ, PT, key blocks]``, mass of each group on each key block; checked: of the groups that check.
         total: ``[B, HQ]``, all of it; budget: how much may be lost.
         relative: ``[B, HQ, W]``, mass by block offset from the tile, sinks left out.
         missing: ``[B, HQ, W]``, mass outside sinks and a window of that many blocks.
-        last_credit: ``[B, HQ, kv_len]``, mass of the last rows for which a column may be credited: none on a diagonal,
-            in the sinks or near the probe rows; credit: the same with that of the spread probe.
+        credit: ``[B, HQ, kv_len]``, mass for which a column may be credited.
     """
 
-    probe: Probe
-    spread: SpreadProbe | None
     geometry: Geometry
     tiles: TileShape
-    frame: ProbeFrame
+    frame: SearchFrame
     mass: Tensor
     checked: Tensor
     total: Tensor
     budget: Tensor
     relative: Tensor
     missing: Tensor
-    last_credit: Tensor
     credit: Tensor
+
+    @staticmethod
+    def reduced(mass: Tensor, frame: SearchFrame) -> tuple[Tensor, Tensor]:
+        """``relative`` and ``missing``."""
+        count = mass.shape[2]
+        at = frame.edge[:, :, :count].expand(*mass.shape[:3], -1)
+        relative = (mass.gather(-1, at) * frame.known[:, :, :count]).sum(2)
+        return relative, _after(running_sum(relative))
+
+    def mass_at(self, columns: Tensor) -> Tensor:
+        """Mass of each group on some keys, ``[B, HQ, PT, K]``, those that check with it; columns int64 ``[B, HQ, K]``,
+        of which the last key may be read for nothing."""
+        raise NotImplementedError
+
+    def credit_by_group(self, columns: Tensor) -> Tensor:
+        """The credit of columns ``[B, HQ, K]`` from each group that chooses, ``[B, HQ, PT, K]``."""
+        raise NotImplementedError
+
+    def diagonal_rank(self) -> tuple[Tensor, int]:
+        """For each block offset the rank of the heaviest diagonal that needs it, int32 ``[B, HQ, list_size]``; how many
+        diagonals there are, which is the rank of offsets that none needs."""
+        raise NotImplementedError
+
+    def families(self, columns: Tensor, rank: Tensor, ranks: int, strides: Sequence[int]) -> list[Best]:
+        """The cheapest setting of each family but dense; a grid comes last."""
+        raise NotImplementedError
+
+    @property
+    def capacity(self) -> tuple[int, int]:
+        """Columns that may be chosen one by one, and columns in all, lines of grids included."""
+        raise NotImplementedError
+
+    def with_floor(self, columns: Tensor, order: Columns, count: Tensor, stride: Tensor, phase: Tensor) -> Tensor:
+        """``columns`` and those that every sparse head keeps."""
+        return columns
+
+    def choose(self, strides: Sequence[int]) -> Found:
+        """The cheapest candidate of each head."""
+        g, device = self.geometry, self.total.device
+        usable, capacity = self.capacity
+        order = Columns(*self.credit.topk(capacity, -1))
+        rank, ranks = self.diagonal_rank()
+        found = self.families(order.keys[..., :usable], rank, ranks, strides)
+        none = ramp(1, device, dtype=torch.int64)
+        widest = ramp(1, device, start=self.relative.shape[-1], dtype=torch.int64)
+        families = [Best(self.frame.costs.dense, widest, none, none, none, none), *found]
+        pattern = torch.stack([family.cost.expand_as(self.total) for family in families]).argmin(0)
+        settings = torch.stack([part.expand_as(pattern) for family in families for part in family[1:]])
+        settings = settings.unflatten(0, (len(families), -1))
+        window, count, diagonals, stride, phase = settings.gather(0, pattern.expand(1, 5, -1, -1))[0].unbind(0)
+        count = count.clamp(min=least_columns(g.kv_len, self.tiles.block_n))
+        window = window.clamp(min=min(least_window(self.tiles), self.relative.shape[-1]))
+        slot = ramp(capacity, device, dtype=torch.int64)
+        columns = torch.where(slot < count[..., None], order.keys, g.kv_len)
+        if len(families) > GRID:
+            lines = torch.addcmul(phase[..., None], stride[..., None], slot)
+            columns = torch.where(stride[..., None] > 0, lines, columns).clamp(max=g.kv_len)
+        columns = self.with_floor(columns, order, count, stride, phase)
+        rules = HeadRules((sink_tokens(self.tiles.block_n),), self.frame.costs.local[window], columns=columns.int())
+        return Found(rules, rank < diagonals[..., None], pattern, stride)
+
+    def vertical_slash(self, columns: Tensor, rank: Tensor, ranks: int) -> Best:
+        """Try numbers of diagonals and windows; for each, the fewest columns that reach the target follow.
+
+        Args:
+            columns: int64 ``[B, HQ, K]`` in descending order of their credit.
+            rank, ranks: as ``diagonal_rank`` returns them.
+        """
+        frame, device = self.frame, columns.device
+        levels = tuple(n for n in DIAGONAL_LADDER if n <= ranks)
+        ladder, level = constant(frame.ladder, device, torch.int64), constant(levels, device)
+        # Offsets that the first diagonals leave uncovered, [B, HQ, A, W].
+        left = rank[:, :, None, : self.relative.shape[-1]] >= level[:, None]
+        both = torch.stack([self.relative, frame.costs.diagonal.to(self.relative.dtype).expand_as(self.relative)], 2)
+        uncovered = _after(running_sum(both[:, :, :, None] * left[:, :, None]), ladder)  # [B, HQ, 2, A, L]
+        need = uncovered[:, :, 0] - self.budget[..., None, None]
+        mass = self.credit_by_group(columns)
+        block = (columns // self.tiles.block_n)[:, :, None].expand(*mass.shape)
+        ahead = frame.ahead[:, :, : mass.shape[2]].expand(*mass.shape[:3], -1)
+        distance = ahead.gather(-1, block)  # block offset of each column
+        rank_at = rank[:, :, None].expand(*mass.shape[:3], -1).gather(-1, distance)
+        count = _columns_needed(mass, rank_at, distance, level, ladder, need)
+        # What diagonals save is known by offset.
+        columns_cost = count * frame.costs.column[..., None]
+        cost = (frame.costs.rung - uncovered[:, :, 1] + columns_cost).masked_fill(count > columns.shape[-1], torch.inf)
+        cost, best = cost.flatten(2).min(-1)
+        windows = tuple(w for _ in levels for w in frame.ladder)
+        diagonals = tuple(n for n in levels for _ in frame.ladder)
+        window, used = constant(windows + diagonals, device, torch.int64).view(2, -1)[:, best]
+        none = ramp(1, device, dtype=torch.int64)
+        return Best(cost, window, count.flatten(2).gather(-1, best[..., None])[..., 0], used, none, none)
+
+    def best_lines(self, stride: Tensor, phase: Tensor, lost: Tensor) -> Best:
+        """The cheapest of some strides ``[B, HQ, S]`` at one phase each, with the smallest window that serves.
+
+        Args:
+            lost: ``[B, HQ, S, L]``, mass that the lines leave out beside each window of the ladder.
+        """
+        frame = self.frame
+        cost = frame.costs.grid_rung + (frame.costs.line / stride)[..., None]
+        cost = torch.where(lost <= self.budget[..., None, None], cost, torch.inf)
+        cost, best = cost.flatten(2).min(-1)
+        window = constant(frame.ladder * stride.shape[-1], stride.device, torch.int64)[best]
+        none = ramp(1, stride.device, dtype=torch.int64)
+        if stride.shape[-1] == 1:
+            return Best(cost, window, none, none, stride[..., 0], phase[..., 0])
+        chosen = best[..., None] // len(frame.ladder)
+        return Best(cost, window, none, none, stride.gather(-1, chosen)[..., 0], phase.gather(-1, chosen)[..., 0])
+
+
+@dataclass(frozen=True)
+class PromptSearch(Search):
+    """The search of one pattern for the whole matrix (boundary ``none``).
+
+    Attributes:
+        probe: of the last rows; spread: of rows from all over the prompt, None when there are none.
+        last_credit: ``[B, HQ, kv_len]``, credit of the last rows: none on a diagonal, in the sinks or near these rows.
+    """
+
+    frame: ProbeFrame
+    probe: Probe
+    spread: SpreadProbe | None
+    last_credit: Tensor
 
     @classmethod
     def of(
         cls, probe: Probe, spread: SpreadProbe | None, geometry: Geometry, tiles: TileShape, frame: ProbeFrame,
         recall: float,
-    ) -> Search:  # fmt: skip
+    ) -> PromptSearch:  # fmt: skip
         """Reduce the probes to what all candidates need."""
         mass = block_mass(probe.tiles, tiles.block_n)
         last_credit = credit = probe.beside.clamp(min=0).mul_(frame.inside)
@@ -276,64 +465,63 @@ class Search:
         if spread is not None:
             chosen, checked = spread.blocks.chunk(2, 2)
             mass = torch.cat([mass, chosen], 2)
-            credit = last_credit + spread.credit
-        count = mass.shape[2]
-        at = frame.edge[:, :, :count].expand(*mass.shape[:3], -1)
-        relative = (mass.gather(-1, at) * frame.known[:, :, :count]).sum(2)
+            credit = last_credit + spread.credit[:, 0]
+        relative, missing = cls.reduced(mass, frame)
         total = mass.sum((2, 3))
         return cls(
-            probe=probe,
-            spread=spread,
             geometry=geometry,
             tiles=tiles,
             frame=frame,
             mass=mass,
             checked=checked,
             total=total,
-            # A hair below the target, so that rounding cannot turn a head that just reaches it into a dense one.
-            budget=total * ((1 - recall) * 0.999),
+            budget=total * may_be_lost(recall),
             relative=relative,
-            missing=_after(running_sum(relative)),
-            last_credit=last_credit,
+            missing=missing,
             credit=credit,
+            probe=probe,
+            spread=spread,
+            last_credit=last_credit,
         )
 
-    def mass_at(self, columns: Tensor) -> Tensor:
-        """Mass of each probe tile on some keys, ``[B, HQ, PT, K]``, those that check with it; columns int64
-        ``[B, HQ, K]``, of which the last key may be read for nothing."""
-        last = _at_keys(self.probe.tiles, columns)
-        return last if self.spread is None else torch.cat([last, self.spread.mass_at(columns, checking=True)], 2)
-
-    def choose(self, strides: Sequence[int]) -> Found:
-        """The cheapest candidate of each head."""
-        g, bn, device = self.geometry, self.tiles.block_n, self.total.device
+    @property
+    def capacity(self) -> tuple[int, int]:
+        g, bn = self.geometry, self.tiles.block_n
         least = least_columns(g.kv_len, bn)
         usable = max(least, min(max_columns(g.kv_len, bn), g.kv_len) - least)
-        capacity = max(usable, -(-g.kv_len // MIN_STRIDE))
-        order = self.credit.topk(capacity, -1)
-        rank = self._diagonal_rank()
-        shape = self._a_shape()
-        slash = self._vertical_slash(order.indices[..., :usable], rank)
+        return usable, max(usable, -(-g.kv_len // MIN_STRIDE))
+
+    def mass_at(self, columns: Tensor) -> Tensor:
+        last = _at_keys(self.probe.tiles, columns)
+        return last if self.spread is None else torch.cat([last, self.spread.mass_at(columns)], 2)
+
+    def credit_by_group(self, columns: Tensor) -> Tensor:
+        """The last rows share theirs out to their tiles by mass."""
+        credit = self.last_credit.gather(-1, columns)[:, :, None]
+        if self.probe.tiles.shape[2] > 1:
+            mass = _at_keys(self.probe.tiles, columns)
+            credit = mass * (credit / mass.sum(2, keepdim=True).clamp(min=1e-30))
+        return credit if self.spread is None else torch.cat([credit, self.spread.credit_at(columns)], 2)
+
+    def diagonal_rank(self) -> tuple[Tensor, int]:
+        peaks, device = self.probe.peaks, self.probe.peaks.device
+        distances = torch.where(peaks > 0, self.probe.peak_distances, -1)
+        offsets = block_offsets(distances, self.geometry, self.tiles)  # [B, HQ, T, steps]
+        (count, steps), head = offsets.shape[2:], peaks.shape[:2]
+        rank = constant(tuple(place for place in range(count) for _ in range(steps)), device)
+        ranks = torch.full((*head, list_size(self.geometry, self.tiles)), count, dtype=torch.int32, device=device)
+        return ranks.scatter_reduce_(-1, offsets.flatten(2), rank.expand(*head, -1), "amin"), count
+
+    def families(self, columns: Tensor, rank: Tensor, ranks: int, strides: Sequence[int]) -> list[Best]:
         grid = self._grid(strides)
-        none = ramp(1, device, dtype=torch.int64)
-        widest = ramp(1, device, start=self.relative.shape[-1], dtype=torch.int64)
-        dense = _Best(self.frame.costs.window[-1], widest, none, none, none, none)
-        families = [dense, shape, slash] if grid is None else [dense, shape, slash, grid]
-        pattern = torch.stack([family.cost.expand_as(self.total) for family in families]).argmin(0)
-        settings = torch.stack([part.expand_as(pattern) for family in families for part in family[1:]])
-        settings = settings.unflatten(0, (len(families), -1))
-        window, count, diagonals, stride, phase = settings.gather(0, pattern.expand(1, 5, -1, -1))[0].unbind(0)
-        count, window = count.clamp(min=least), window.clamp(min=min(least_window(self.tiles), self.relative.shape[-1]))
-        slot = ramp(capacity, device, dtype=torch.int64)
-        columns = torch.where(slot < count[..., None], order.indices, g.kv_len)
-        if grid is not None:
-            lines = torch.addcmul(phase[..., None], stride[..., None], slot)
-            columns = torch.where(stride[..., None] > 0, lines, columns).clamp(max=g.kv_len)
-        if least:
-            credit = order.values.gather(-1, count[..., None] - 1)
-            columns = torch.cat([columns, self._for_last_rows(least, credit, stride, phase)], -1)
-        rules = HeadRules((sink_tokens(bn),), self.frame.costs.local[window], columns=columns.int())
-        return Found(rules, rank < diagonals[..., None], pattern, stride)
+        return [self._a_shape(), self.vertical_slash(columns, rank, ranks), *([] if grid is None else [grid])]
+
+    def with_floor(self, columns: Tensor, order: Columns, count: Tensor, stride: Tensor, phase: Tensor) -> Tensor:
+        least = least_columns(self.geometry.kv_len, self.tiles.block_n)
+        if not least:
+            return columns
+        credit = order.credit.gather(-1, count[..., None] - 1)
+        return torch.cat([columns, self._for_last_rows(least, credit, stride, phase)], -1)
 
     def _for_last_rows(self, count: int, credit: Tensor, stride: Tensor, phase: Tensor) -> Tensor:
         """The heaviest keys of the last rows, int64 ``[B, HQ, count]``; ``kv_len`` for those that are columns already.
@@ -349,63 +537,12 @@ class Search:
         )
         return torch.where(apart & (mass > 0), keys, self.geometry.kv_len)
 
-    def _a_shape(self) -> _Best:
+    def _a_shape(self) -> Best:
         window = (self.missing > self.budget[..., None]).sum(-1)  # missing only falls as the window grows
         none = ramp(1, window.device, dtype=torch.int64)
-        return _Best(self.frame.costs.window[window], window, none, none, none, none)
+        return Best(_looked_up(self.frame.costs.window, window), window, none, none, none, none)
 
-    def _vertical_slash(self, columns: Tensor, rank: Tensor) -> _Best:
-        """Try numbers of diagonals and windows; for each, the fewest columns that reach the target follow.
-
-        Args:
-            columns: int64 ``[B, HQ, K]`` in descending order of their credit.
-            rank: as ``_diagonal_rank`` returns it.
-        """
-        frame, device = self.frame, columns.device
-        levels = tuple(n for n in DIAGONAL_LADDER if n <= self.probe.peaks.shape[-1])
-        ladder, level = constant(frame.ladder, device, torch.int64), constant(levels, device)
-        # Offsets that the first diagonals leave uncovered, [B, HQ, A, W].
-        left = rank[:, :, None, : self.relative.shape[-1]] >= level[:, None]
-        both = torch.stack([self.relative, frame.costs.diagonal.to(self.relative.dtype).expand_as(self.relative)], 2)
-        uncovered = _after(running_sum(both[:, :, :, None] * left[:, :, None]), ladder)  # [B, HQ, 2, A, L]
-        need = uncovered[:, :, 0] - self.budget[..., None, None]
-        mass = self._credit_by_tile(columns)
-        block = (columns // self.tiles.block_n)[:, :, None].expand(*mass.shape)
-        ahead = frame.ahead[:, :, : mass.shape[2]].expand(*mass.shape[:3], -1)
-        distance = ahead.gather(-1, block)  # block offset of each column
-        rank_at = rank[:, :, None].expand(*mass.shape[:3], -1).gather(-1, distance)
-        count = _columns_needed(mass, rank_at, distance, level, ladder, need)
-        # What diagonals save is known by offset.
-        cost = (frame.costs.rung - uncovered[:, :, 1] + count).masked_fill(count > columns.shape[-1], torch.inf)
-        cost, best = cost.flatten(2).min(-1)
-        windows = tuple(w for _ in levels for w in frame.ladder)
-        diagonals = tuple(n for n in levels for _ in frame.ladder)
-        window, used = constant(windows + diagonals, device, torch.int64).view(2, -1)[:, best]
-        none = ramp(1, device, dtype=torch.int64)
-        return _Best(cost, window, count.flatten(2).gather(-1, best[..., None])[..., 0], used, none, none)
-
-    def _credit_by_tile(self, columns: Tensor) -> Tensor:
-        """The credit of columns ``[B, HQ, K]`` for each probe tile, ``[B, HQ, PT, K]``.
-
-        The last rows share theirs out to their tiles by mass.
-        """
-        credit = self.last_credit.gather(-1, columns)[:, :, None]
-        if self.probe.tiles.shape[2] > 1:
-            mass = _at_keys(self.probe.tiles, columns)
-            credit = mass * (credit / mass.sum(2, keepdim=True).clamp(min=1e-30))
-        return credit if self.spread is None else torch.cat([credit, self.spread.credit_at(columns)], 2)
-
-    def _diagonal_rank(self) -> Tensor:
-        """For each block offset the rank of the heaviest diagonal that needs it, int32 ``[B, HQ, list_size]``."""
-        peaks, device = self.probe.peaks, self.probe.peaks.device
-        distances = torch.where(peaks > 0, self.probe.peak_distances, -1)
-        offsets = block_offsets(distances, self.geometry, self.tiles)  # [B, HQ, T, steps]
-        (count, steps), head = offsets.shape[2:], peaks.shape[:2]
-        rank = constant(tuple(place for place in range(count) for _ in range(steps)), device)
-        ranks = torch.full((*head, list_size(self.geometry, self.tiles)), count, dtype=torch.int32, device=device)
-        return ranks.scatter_reduce_(-1, offsets.flatten(2), rank.expand(*head, -1), "amin")
-
-    def _grid(self, strides: Sequence[int]) -> _Best | None:
+    def _grid(self, strides: Sequence[int]) -> Best | None:
         """The cheapest evenly spaced lines: each stride at its heaviest phase, with the smallest window that serves."""
         g, frame, device = self.geometry, self.frame, self.credit.device
         longest = g.kv_len // 4
@@ -426,24 +563,58 @@ class Search:
         gained = on_line.gather(-1, lines)
         if self.spread is not None:
             # All lines that its rows may credit lie beyond the usual windows; larger ones cover some of them twice.
-            spread = _at_keys(self.spread.credit[:, :, None], key.flatten(2)).view(key.shape)
+            spread = _at_keys(self.spread.credit[:, 0, :, None], key.flatten(2)).view(key.shape)
             gained = gained + spread.sum(-1, keepdim=True)
         ladder = constant(frame.ladder, device, torch.int64)
         lost = self.missing.index_select(-1, ladder)[:, :, None] - gained
-        cost = frame.costs.grid_rung + (frame.costs.line / stride)[..., None]
-        cost = torch.where(lost <= self.budget[..., None, None], cost, torch.inf)
-        cost, best = cost.flatten(2).min(-1)
-        window = constant(frame.ladder * stride.shape[-1], device, torch.int64)[best]
-        none = ramp(1, device, dtype=torch.int64)
-        if stride.shape[-1] == 1:
-            return _Best(cost, window, none, none, stride[..., 0], phase[..., 0])
-        chosen = best[..., None] // len(frame.ladder)
-        return _Best(cost, window, none, none, stride.gather(-1, chosen)[..., 0], phase.gather(-1, chosen)[..., 0])
+        return self.best_lines(stride, phase, lost)
+
+
+def measure_recall(lowered: Lowered, search: Search) -> tuple[Tensor, Tensor]:
+    """Share of the probability of probe rows that lies on the plan's pairs, float ``[B, HQ]``: of the rows by which the
+    pattern was chosen, and of those that check it. NaN where no probe row is live."""
+    # NaN inputs and heads without any live row give NaN here, and such a head then runs dense.
+    covered, count = covered_mass(lowered, search), search.mass.shape[2]
+    chosen = covered[..., :count].sum(-1) / search.total
+    if not search.checked.shape[2]:
+        return chosen, chosen
+    return chosen, covered[..., count:].sum(-1) / search.checked.sum((-1, -2))
+
+
+def covered_mass(lowered: Lowered, search: Search) -> Tensor:
+    """Probability of each group of probe rows on the plan's pairs, float ``[B, HQ, PT]``, those that check with it.
+
+    Exact: all rows of a tile visit the same keys, and pairs that the model hides have no mass.
+    """
+    plan, frame = lowered.plan, search.frame
+    mass = torch.cat([search.mass, search.checked], 2)
+    tiles = plan.tiles[..., 0, :].gather(2, frame.tile[..., None].expand(*mass.shape[:3], RECORD))
+    tiles = tiles[..., None, :]  # [B, HQ, PT, 1, RECORD]
+    block = ramp(mass.shape[-1], mass.device)
+    # Blocks left of the sinks and diagonals left of what a tile may see hold no mass.
+    visited = (block >= tiles[..., _START]) | (block < tiles[..., _SINKS])
+    if lowered.diagonals is not None:
+        ahead = frame.ahead.expand(*mass.shape)
+        visited = visited | lowered.diagonals[:, :, None].expand(*mass.shape[:3], -1).gather(-1, ahead)
+    covered = (mass * visited).sum(-1)
+    if plan.columns.shape[-1]:
+        keys = plan.columns.long()
+        columns = keys[:, :, None].expand(-1, -1, mass.shape[2], -1)
+        in_use = ramp(columns.shape[-1], mass.device) < tiles[..., _COLUMNS]
+        # True > False: in use, and not in a block that is visited already.
+        own = in_use > visited.gather(-1, columns // plan.block_n)
+        covered = covered + (search.mass_at(keys) * own).sum(-1)
+    return covered
 
 
 def _at_keys(x: Tensor, keys: Tensor) -> Tensor:
     """``x [B, HQ, T, kv_len]`` at ``keys [B, HQ, K]``: ``[B, HQ, T, K]``."""
     return x.gather(-1, keys[:, :, None].expand(-1, -1, x.shape[2], -1))
+
+
+def _looked_up(table: Tensor, at: Tensor) -> Tensor:
+    """``table [b, 1, X]`` at ``at [B, HQ]``."""
+    return table.expand(*at.shape, -1).gather(-1, at[..., None])[..., 0]
 
 
 def _side_by_side(parts: list[Tensor]) -> Tensor:

@@ -105,7 +105,7 @@ def segment(ids: Tensor, labels: tuple[int, ...], geometry: Geometry, tiles: Til
     group = kind if live is None else torch.where(live, kind, -1)
     rank = seen[..., :-1].gather(1, kind[:, None].long())[:, 0]
     counts = seen[..., -1].clone()  # on its own: operators may not return two views of one tensor
-    key_start = _starts(counts, tiles.block_n)
+    key_start = first_slots(counts, tiles.block_n)
     slots = (g.kv_len // tiles.block_n + len(labels)) * tiles.block_n
     slot = torch.where(group < 0, slots, key_start.gather(1, kind.long()) + rank)
     key_order = _placed(slot, slots)
@@ -124,7 +124,7 @@ def holds_tail(order: Tensor, geometry: Geometry, block_m: int) -> Tensor:
     return tail.any(-1)
 
 
-def _starts(counts: Tensor, size: int) -> Tensor:
+def first_slots(counts: Tensor, size: int) -> Tensor:
     """First slot of each group when every group takes whole blocks of ``size`` slots; int32 like ``counts``."""
     taken = (counts + (size - 1)) // size * size
     return taken.cumsum(-1, dtype=torch.int32) - taken
@@ -145,7 +145,7 @@ def _rows(kind: Tensor, modalities: int, geometry: Geometry, tiles: TileShape) -
     member = mine[:, None] == ramp(modalities, device)[:, None]
     before = member.cumsum(-1, dtype=torch.int32)
     rank = before.gather(1, mine[:, None].long())[:, 0] - 1
-    starts = _starts(before[..., -1] if g.q_len else before.new_zeros(before.shape[:2]), bm)
+    starts = first_slots(before[..., -1] if g.q_len else before.new_zeros(before.shape[:2]), bm)
     query_tiles = g.q_len // bm + modalities
     order = _placed(starts.gather(1, mine.long()) + rank, query_tiles * bm)
     first = ramp(query_tiles, device, step=bm).expand(g.batch, -1).contiguous()

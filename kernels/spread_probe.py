@@ -11,6 +11,7 @@ On a GPU three kernels do this; everywhere else plain PyTorch, which the kernels
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import Tensor
 from mmi_compile.kernels.fused_probe import PROGRAMS, why_not_fused
 from mmi_compile.kernels.geometry import Geometry
 from mmi_compile.kernels.launch import compile_kernel_ahead, device_arch
-from mmi_compile.kernels.modality_probe import ModalityTiles, PackedRows, argument_type, modality_tiles
+from mmi_compile.kernels.modality_probe import ModalityTiles, PackedRows, Statistics, argument_type, modality_tiles
 from mmi_compile.kernels.probe import first_live_key, last_live_position, visible_keys, visible_scores
 from mmi_compile.kernels.spec import padded_head_dim
 from mmi_compile.profiling import span
@@ -35,13 +36,13 @@ GROUP_ROWS = 4
 
 @dataclass(frozen=True)
 class SpreadRows:
-    """Which rows are looked at. Groups that choose come first, then those that check.
+    """Which rows are looked at: ``G`` groups of each of ``kinds`` kinds. Those that choose come first.
 
     Attributes:
-        rows: int64 ``[B, 2 * G * R]``, query rows; groups: ``G``.
-        positions: int32 ``[B, 2, G * R]``, where they stand among the keys, contiguous.
-        credit_start: int32 ``[B]``, first key that may become a column; credit_stop: int32 ``[B, G * R]``, one past the
-            last one, for each row that chooses.
+        rows: int32 ``[B, kinds, G * R]``, query rows, contiguous, -1 for none; groups: ``G``.
+        positions: likewise, where they stand among the keys.
+        credit_start: int32 ``[B]``, first key that may become a column; credit_stop: int32 ``[B, C, G * R]``, one past
+            the last one, for each row of the first ``C`` kinds.
     """
 
     rows: Tensor
@@ -51,14 +52,24 @@ class SpreadRows:
     credit_stop: Tensor
 
     @property
+    def kinds(self) -> int:
+        return self.rows.shape[1]
+
+    @property
+    def choosing(self) -> int:
+        """``C``, kinds of rows that may credit columns."""
+        return self.credit_stop.shape[1]
+
+    @property
     def starts(self) -> Tensor:
-        """First row of each group, int64 ``[B, 2 * G]``."""
-        starts: Tensor = self.rows.unflatten(1, (2 * self.groups, -1))[..., 0]
-        return starts
+        """First row of each group, int64 ``[B, kinds * G]``."""
+        starts: Tensor = self.rows.flatten(1).unflatten(1, (self.kinds * self.groups, -1))[..., 0]
+        return starts.long()
 
     def credited_by_group(self, keys: Tensor) -> Tensor:
-        """Which keys each group that chooses may credit, bool ``[B, H, G, K]``; keys ``[B, H, K]``."""
-        stop = self.credit_stop.unflatten(1, (self.groups, -1))[:, None, :, :1]  # the same for all rows of a group
+        """Which keys each group that chooses may credit, bool ``[B, H, C * G, K]``; keys ``[B, H, K]``."""
+        # The same for all rows of a group.
+        stop = self.credit_stop.flatten(1).unflatten(1, (self.choosing * self.groups, -1))[:, None, :, :1]
         keys = keys[:, :, None]
         credited: Tensor = (keys >= self.credit_start[:, None, None, None]) & (keys < stop)
         return credited
@@ -82,15 +93,15 @@ def spread_rows(
     middle = middle.clamp(max=g.q_len - each)
     start = middle - (middle % block_m - (block_m - each)).clamp(min=0)
     start = torch.cat([start[:, ::2], start[:, 1::2]], 1)
-    rows = (start[..., None] + torch.arange(each, device=device)).flatten(1)
+    rows = (start[..., None] + torch.arange(each, device=device)).flatten(1).int().unflatten(1, (2, -1))
     # The first and the last key never count, so that an index out of range may read them for nothing.
     credit_stop = (start[:, :groups] + (g.q_offset - zone)).clamp(max=g.kv_len - 1)
     return SpreadRows(
-        rows=rows,
-        positions=(rows + g.q_offset).int().unflatten(1, (2, -1)).contiguous(),
+        rows=rows.contiguous(),
+        positions=(rows + g.q_offset).contiguous(),
         groups=groups,
         credit_start=sink_stop.int().expand(g.batch).contiguous(),
-        credit_stop=credit_stop.repeat_interleave(each, 1).int(),
+        credit_stop=credit_stop.repeat_interleave(each, 1).int()[:, None],
     )
 
 
@@ -99,10 +110,10 @@ class SpreadProbe:
     """Attention mass of groups of rows; each row that sees a key weighs 1. Not to be written to.
 
     Attributes:
-        blocks: float ``[B, HQ, 2 * G, key blocks]``, mass on each key block from the rows of each group.
-        credit: float ``[B, HQ, kv_len]``, mass on each key from the rows that choose and may credit it.
-        log_sums: float ``[B, 2, HQ, rows]``, logarithm of each row's sum of exponentials: natural in the reference, to
-            base 2 where kernels made it; rows that see nothing have infinity.
+        blocks: float ``[B, HQ, kinds * G, key blocks]``, mass on each key block from the rows of each group.
+        credit: float ``[B, C, HQ, kv_len]``, mass on each key from rows of each kind that may credit it.
+        log_sums: float ``[B, kinds, HQ, rows]``, logarithm of each row's sum of exponentials: natural in the reference,
+            to base 2 where kernels made it; rows that see nothing have infinity.
     """
 
     call: SpreadCall
@@ -110,18 +121,19 @@ class SpreadProbe:
     credit: Tensor
     log_sums: Tensor
 
-    def mass_at(self, keys: Tensor, *, checking: bool) -> Tensor:
-        """Mass of each group on some keys, float ``[B, HQ, G or 2 * G, K]``.
+    def mass_at(self, keys: Tensor, kinds: int | None = None) -> Tensor:
+        """Mass of each group of the first ``kinds`` kinds (None: of all) on some keys, float ``[B, HQ, kinds * G, K]``.
 
         Args:
-            keys: int64 ``[B, HQ, K]``; ``kv_len`` and beyond stands for no key. checking: with the groups that check.
+            keys: int64 ``[B, HQ, K]``; ``kv_len`` and beyond stands for no key.
         """
         find = _fused_mass_at if self.call.tiles is not None else _reference_mass_at
-        return find(self, keys, 2 if checking else 1)
+        return find(self, keys, self.call.spread.kinds if kinds is None else kinds)
 
     def credit_at(self, keys: Tensor) -> Tensor:
-        """What each group that chooses credits to some keys, float ``[B, HQ, G, K]``; keys int64 ``[B, HQ, K]``."""
-        return self.mass_at(keys, checking=False) * self.call.spread.credited_by_group(keys)
+        """What each group that chooses credits to some keys, float ``[B, HQ, C * G, K]``; keys int64 ``[B, HQ, K]``."""
+        spread = self.call.spread
+        return self.mass_at(keys, spread.choosing) * spread.credited_by_group(keys)
 
 
 @dataclass(frozen=True)
@@ -150,7 +162,7 @@ def run_spread_probe(
 
     Sums are float32 (float64 for float64 inputs). Half precision on a GPU runs fused.
     """
-    whole = spread.groups * GROUP_ROWS == 64 and spread.rows.shape[1] == 2 * spread.groups * GROUP_ROWS
+    whole = spread.groups * GROUP_ROWS == 64 == spread.rows.shape[2]
     if whole and block_n % 16 == 0 and why_not_fused(q, k) is None:
         return fused_spread_probe(q, k, geometry, scale, spread, block_n)
     return reference_spread_probe(q, k, geometry, scale, spread, block_n)
@@ -165,33 +177,46 @@ def reference_spread_probe(
 ) -> SpreadProbe:
     """``run_spread_probe`` in plain PyTorch, for any dtype and device. Holds scores of a few heads at a time."""
     g, work = geometry, torch.float64 if q.dtype == torch.float64 else torch.float32
-    count = 2 * spread.groups
+    count, choosing = spread.kinds * spread.groups, spread.choosing
     blocks = torch.empty(g.batch, g.q_heads, count, -(-g.kv_len // block_n), dtype=work, device=q.device)
-    credit = torch.empty(g.batch, g.q_heads, g.kv_len, dtype=work, device=q.device)
+    credit = torch.empty(g.batch, choosing, g.q_heads, g.kv_len, dtype=work, device=q.device)
     keys = torch.arange(g.kv_len, device=q.device).expand(g.batch, 1, -1)
     credited = spread.credited_by_group(keys)
-    log_sums = torch.empty(g.batch, g.q_heads, spread.rows.shape[1], dtype=work, device=q.device)
-    for heads, scores, hidden in visible_scores(q, k, g, scale, list(range(g.q_heads)), spread.rows):
-        some = slice(heads[0], heads[-1] + 1)
-        log_sums[:, some] = torch.logsumexp(scores, -1).masked_fill_(hidden.all(-1), torch.inf)
-        weights = scores.sub_(log_sums[:, some, :, None]).exp_()
-        mass = weights.unflatten(2, (count, -1)).sum(3)
+    log_sums = torch.empty(g.batch, g.q_heads, spread.rows[0].numel(), dtype=work, device=q.device)
+    for some, mass, sums in group_masses(q, k, g, scale, spread):
+        log_sums[:, some] = sums
         blocks[:, some] = F.pad(mass, (0, -g.kv_len % block_n)).unflatten(-1, (-1, block_n)).sum(-1)
-        credit[:, some] = torch.where(credited, mass[:, :, : spread.groups], 0.0).sum(2)
-    by_kind = log_sums.unflatten(2, (2, -1)).transpose(1, 2)
+        chosen = torch.where(credited, mass[:, :, : choosing * spread.groups], 0.0)
+        credit[:, :, some] = chosen.unflatten(2, (choosing, -1)).sum(3).transpose(1, 2)
+    by_kind = log_sums.unflatten(2, (spread.kinds, -1)).transpose(1, 2)
     return SpreadProbe(SpreadCall(q, k, g, scale, spread, block_n), blocks, credit, by_kind)
+
+
+def group_masses(
+    q: Tensor, k: Tensor, geometry: Geometry, scale: float, spread: SpreadRows
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """A few heads at a time: mass of each group on each key, float ``[B, heads, kinds * G, kv_len]``, and the logarithm
+    of each row's sum of exponentials, ``[B, heads, rows]``."""
+    rows = spread.rows.flatten(1).long()
+    for heads, scores, hidden in visible_scores(q, k, geometry, scale, list(range(geometry.q_heads)), rows):
+        dead = hidden.all(-1) | (rows < 0)[:, None]
+        sums = torch.logsumexp(scores, -1).masked_fill_(dead, torch.inf)
+        weights = scores.sub_(sums[..., None]).exp_()
+        mass = weights.unflatten(2, (spread.kinds * spread.groups, -1)).sum(3)
+        yield slice(heads[0], heads[-1] + 1), mass, sums
 
 
 def _reference_mass_at(probe: SpreadProbe, keys: Tensor, kinds: int) -> Tensor:
     call, work = probe.call, probe.log_sums.dtype
     g, groups = call.geometry, call.spread.groups
-    rows = call.spread.rows.unflatten(1, (2, -1))[:, :kinds].flatten(1)  # [B, L]
+    rows = call.spread.rows[:, :kinds].flatten(1).long()  # [B, L]
     real = keys < g.kv_len
     place = keys.clamp(max=g.kv_len - 1)
-    asked = call.q.gather(2, rows[:, None, :, None].expand(-1, g.q_heads, -1, call.q.shape[-1])).to(work)
+    index = rows.clamp(min=0)[:, None, :, None].expand(-1, g.q_heads, -1, call.q.shape[-1])
+    asked = call.q.gather(2, index).to(work)
     own = call.k.repeat_interleave(g.group, 1).gather(2, place[..., None].expand(*place.shape, call.k.shape[-1]))
     scores = asked @ own.to(work).mT * call.scale
-    normal = probe.log_sums[:, :kinds].transpose(1, 2).flatten(2)
+    normal = probe.log_sums[:, :kinds].transpose(1, 2).flatten(2)  # infinite for rows that do not exist
     visible = visible_keys(g, rows)[:, None].expand(-1, g.q_heads, -1, -1)
     visible = visible.gather(-1, place[:, :, None].expand(*scores.shape)) & real[:, :, None]
     weights = torch.exp(scores - normal[..., None]).masked_fill(~visible, 0.0)
@@ -211,48 +236,76 @@ def fused_spread_probe(
 
     Args:
         q, k: fp16 or bf16 (fp32 in the interpreter) whose last dimension is contiguous; others are copied.
-        spread: 64 rows of each kind. block_n: a power of two, 16 or more.
+        spread: 64 rows of each kind, some of which may not exist. block_n: a power of two, 16 or more.
         tiles: launch constants; None takes those of the probe of boundaries.
 
     Raises:
         ValueError: no kernel for this dtype, head dim, device or number of rows.
     """
-    g, device, groups = geometry, q.device, spread.groups
+    g, device = geometry, q.device
     chosen = tiles or modality_tiles(device_arch(device), q.shape[-1])
     # Sums by key block are made of whole tiles.
     chosen = chosen._replace(columns=chosen.columns._replace(block_n=min(chosen.columns.block_n, block_n)))
     q, k = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k))
-    entries = tuple((kind, head) for kind in range(2) for head in range(g.q_heads))
+    entries = tuple((kind, head) for kind in range(spread.kinds) for head in range(g.q_heads))
     packed = PackedRows(q, k, g, scale, spread.positions, entries)
-    n_tiles = -(-g.kv_len // chosen.columns.block_n)
-    by_tile = torch.empty(g.batch, 2, g.q_heads, n_tiles, groups, device=device)
-    credit = torch.empty(g.batch, g.q_heads, g.kv_len, device=device)
-    log_sums = packed.run(
-        "spread_sums", chosen, programs,
-        {"by_tile": by_tile, "credit": credit, "credit_start": spread.credit_start, "credit_stop": spread.credit_stop,
-         "q_heads": g.q_heads, "n_tiles": n_tiles, "EACH": GROUP_ROWS},
-    )  # fmt: skip
-    blocks = by_tile
-    per_block = block_n // chosen.columns.block_n
-    if per_block > 1:
-        spare = -n_tiles % per_block
-        blocks = F.pad(by_tile, (0, 0, 0, spare)).unflatten(3, (-1, per_block)).sum(4)
-    blocks = blocks.permute(0, 2, 1, 4, 3).flatten(2, 3)
     call = SpreadCall(q, k, g, scale, spread, block_n, chosen)
-    return SpreadProbe(call, blocks, credit, log_sums.unflatten(1, (2, -1)))
+    by_tile, credit, given = _sums_of(call)
+    log_sums = packed.run("spread_sums", chosen, programs, given)
+    return SpreadProbe(call, _by_block(by_tile, call), credit, log_sums.unflatten(1, (spread.kinds, -1)))
+
+
+def _sums_of(call: SpreadCall) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Room for what ``spread_sums`` stores: by tile, float ``[B, kinds, HQ, tiles, G]``, and credit, as in
+    ``SpreadProbe``; and the kernel's own arguments."""
+    g, spread, device = call.geometry, call.spread, call.q.device
+    assert call.tiles is not None
+    n_tiles = -(-g.kv_len // call.tiles.columns.block_n)
+    by_tile = torch.empty(g.batch, spread.kinds, g.q_heads, n_tiles, spread.groups, device=device)
+    credit = torch.empty(g.batch, spread.choosing, g.q_heads, g.kv_len, device=device)
+    given = {
+        "rows": spread.rows, "by_tile": by_tile, "credit": credit, "credit_start": spread.credit_start,
+        "credit_stop": spread.credit_stop, "n_credits": spread.choosing * g.q_heads, "credit_kinds": spread.choosing,
+        "n_tiles": n_tiles, "EACH": GROUP_ROWS,
+    }  # fmt: skip
+    return by_tile, credit, given
+
+
+def fused_sums(call: SpreadCall, log_sums: Tensor, *, programs: int = PROGRAMS) -> tuple[Tensor, Tensor]:
+    """``blocks`` and ``credit`` of a ``SpreadProbe`` where each row's sum is known already, over more keys than these.
+
+    Args:
+        log_sums: float ``[B, kinds, HQ, rows]``, to base 2.
+    """
+    g, spread = call.geometry, call.spread
+    assert call.tiles is not None
+    entries = tuple((kind, head) for kind in range(spread.kinds) for head in range(g.q_heads))
+    packed = PackedRows(call.q, call.k, g, call.scale, spread.positions, entries)
+    by_tile, credit, given = _sums_of(call)
+    packed.sums("spread_sums", call.tiles, programs, given, Statistics.known(log_sums.flatten(1, 2)))
+    return _by_block(by_tile, call), credit
+
+
+def _by_block(by_tile: Tensor, call: SpreadCall) -> Tensor:
+    """Sums by tile of the kernel as sums by key block, ``SpreadProbe.blocks``."""
+    assert call.tiles is not None
+    per_block = call.block_n // call.tiles.columns.block_n
+    if per_block > 1:
+        by_tile = F.pad(by_tile, (0, 0, 0, -by_tile.shape[3] % per_block)).unflatten(3, (-1, per_block)).sum(4)
+    return by_tile.permute(0, 2, 1, 4, 3).flatten(2, 3)
 
 
 def _fused_mass_at(probe: SpreadProbe, keys: Tensor, kinds: int) -> Tensor:
     call = probe.call
-    g, groups, count = call.geometry, call.spread.groups, keys.shape[-1]
+    g, spread, count = call.geometry, call.spread, keys.shape[-1]
     assert call.tiles is not None
     entries = tuple((kind, head) for kind in range(kinds) for head in range(g.q_heads))
-    packed = PackedRows(call.q, call.k, g, call.scale, call.spread.positions, entries)
-    mass = torch.empty(g.batch, g.q_heads, kinds * groups, count, device=keys.device)
+    packed = PackedRows(call.q, call.k, g, call.scale, spread.positions, entries)
+    mass = torch.empty(g.batch, g.q_heads, kinds * spread.groups, count, device=keys.device)
     packed.launch_by_entry(
         "spread_at_keys", call.tiles.columns._replace(heads=1), count,
-        {"keys": keys.int().contiguous(), "mass": mass, "log_sums": probe.log_sums.contiguous(), "count": count,
-         "q_heads": g.q_heads, "EACH": GROUP_ROWS},
+        {"keys": keys.int().contiguous(), "mass": mass, "log_sums": probe.log_sums[:, :kinds].contiguous(),
+         "count": count, "q_heads": g.q_heads, "EACH": GROUP_ROWS},
     )  # fmt: skip
     return mass
 

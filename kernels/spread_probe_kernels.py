@@ -1,7 +1,7 @@
 """Triton kernels of the spread probe: what groups of rows from all over the prompt attend to.
 
-Packs and rows are those of the probe of boundaries, where the kind of a row (0 chooses, 1 checks) stands in place of
-its modality. The rows of a group are ``EACH`` neighbours.
+Packs and rows are those of the probe of boundaries, where the kind of a row stands in place of its modality; rows of
+the first ``credit_kinds`` kinds credit columns. The rows of a group are ``EACH`` neighbours.
 """
 
 import triton
@@ -32,28 +32,32 @@ def _store_no_mass(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=[
     "stride_qb", "stride_qh", "stride_qm", "stride_kb", "stride_kh", "stride_kn", "n_packs", "heads_out", "modalities",
-    "group", "n_rows", "q_offset", "kv_len", "window", "chunk_tiles", "stats_chunks", "scale", "q_heads", "n_tiles",
+    "group", "n_rows", "q_offset", "kv_len", "window", "chunk_tiles", "stats_chunks", "scale", "n_credits",
+    "credit_kinds", "n_tiles",
 ])  # fmt: skip
 def spread_sums(  # type: ignore[no-untyped-def]
-    q, k, packs, positions, kv_start, kv_stop, key_padding, row_max, row_sum, log_sums,
+    q, k, packs, positions, rows, kv_start, kv_stop, key_padding, row_max, row_sum, log_sums,
     credit, by_tile, credit_start, credit_stop,
     stride_qb: tl.int64, stride_qh: tl.int64, stride_qm: tl.int64,
     stride_kb: tl.int64, stride_kh: tl.int64, stride_kn: tl.int64,
     n_packs, heads_out, modalities, group, n_rows, q_offset, kv_len, window, chunk_tiles, stats_chunks, scale,
-    q_heads, n_tiles,
+    n_credits, credit_kinds, n_tiles,
     HEADS: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr,
     HAS_BOUNDS: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_WINDOW: tl.constexpr, EACH: tl.constexpr,
 ):  # fmt: skip
-    """Probability over one chunk of keys: by key, of the rows that may credit it, into ``credit [B, q_heads, kv_len]``;
-    by tile of keys for each group, into ``by_tile [B, heads_out, n_tiles, ROWS / EACH]``; ``log_sums`` of all rows."""
+    """Probability over one chunk of keys: by key, of the rows that may credit it, into ``credit [B, n_credits,
+    kv_len]``, one for each of the first entries; by tile of keys for each group, into ``by_tile [B, heads_out, n_tiles,
+    ROWS / EACH]``; ``log_sums`` of all rows. A row may stand elsewhere among the keys than in ``q``: keys may be in
+    groups."""
     GROUPS: tl.constexpr = ROWS // EACH
     batch, pack, chunk = tl.program_id(0) // n_packs, tl.program_id(0) % n_packs, tl.program_id(1)
     m = tl.arange(0, HEADS * ROWS)
     entry = packs + (pack * HEADS + m // ROWS) * 3
     row_slot, head, kind = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
     place = _row_positions(positions, packs, pack, batch, modalities, n_rows, HEADS)
+    row = _row_positions(rows, packs, pack, batch, modalities, n_rows, HEADS)
     queries = _queries(
-        q, head, place - q_offset, place >= 0, batch, stride_qb, stride_qh, stride_qm, HEAD_DIM, BLOCK_D, UNIT
+        q, head, row, place >= 0, batch, stride_qb, stride_qh, stride_qm, HEAD_DIM, BLOCK_D, UNIT
     )  # [M, BLOCK_D]
     kv_head = tl.load(packs + pack * HEADS * 3 + 1) // group
     k += (batch * stride_kb + kv_head * stride_kh) * UNIT
@@ -62,10 +66,11 @@ def spread_sums(  # type: ignore[no-untyped-def]
     normal = tl.where(place >= 0, normal, float("inf"))
     tl.store(log_sums + (batch * heads_out + row_slot) * ROWS + m % ROWS, normal, mask=(row_slot >= 0) & (chunk == 0))
     from_key = tl.load(credit_start + batch)
-    to_key = tl.load(credit_stop + batch * n_rows + m % ROWS, mask=(kind == 0) & (place >= 0), other=0)[None, :]
+    credits = (kind < credit_kinds) & (place >= 0)
+    to_key = tl.load(credit_stop + (batch * credit_kinds + kind) * n_rows + m % ROWS, mask=credits, other=0)[None, :]
     slot = tl.load(packs + (pack * HEADS + tl.arange(0, HEADS)) * 3)
-    out = (batch * q_heads + slot).to(tl.int64)
-    chooses = (slot >= 0) & (slot < q_heads)
+    out = (batch * n_credits + slot).to(tl.int64)
+    chooses = (slot >= 0) & (slot < n_credits)
     of_group = tl.arange(0, HEADS * GROUPS)
     group_slot = tl.load(packs + (pack * HEADS + of_group // GROUPS) * 3)
     group_out = (batch * heads_out + group_slot).to(tl.int64) * n_tiles * GROUPS + of_group % GROUPS
@@ -113,7 +118,7 @@ def spread_at_keys(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Probability of each group on ``keys [B, q_heads, count]``, into ``mass [B, q_heads, kinds * GROUPS, count]``.
 
-    A pack is one head and kind; ``log_sums [B, 2, q_heads, ROWS]`` are those of ``spread_sums``.
+    A pack is one head and kind; ``log_sums [B, kinds, q_heads, ROWS]`` are those of ``spread_sums``.
     """
     GROUPS: tl.constexpr = ROWS // EACH
     batch, pack = tl.program_id(0) // n_packs, tl.program_id(0) % n_packs
@@ -126,7 +131,7 @@ def spread_at_keys(  # type: ignore[no-untyped-def]
         HEAD_DIM, BLOCK_D, UNIT,
     )  # fmt: skip
     k += (batch * stride_kb + (head // group) * stride_kh) * UNIT
-    normal = tl.load(log_sums + ((batch * 2 + kind) * q_heads + head) * ROWS + row)
+    normal = tl.load(log_sums + (batch * heads_out + slot) * ROWS + row)
     j = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     wanted = (batch * q_heads + head).to(tl.int64)
     key = tl.load(keys + wanted * count + j, mask=j < count, other=2147483647)

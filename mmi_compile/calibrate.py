@@ -8,17 +8,12 @@ measurements that the fit has not seen. Results are kept per device in the user'
 from __future__ import annotations
 
 import datetime
-import json
 import math
-import re
-import secrets
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,18 +26,14 @@ from mmi_compile.bench_cases import TEXT, VIDEO, Case, make_inputs, parse_cases,
 from mmi_compile.bench_measure import time_call
 from mmi_compile.bench_peers import Family, kernel_families
 from mmi_compile.bench_rows import DTYPES
-from mmi_compile.decision import MMIError
-from mmi_compile.environment import describe_device, versions
+from mmi_compile.cost_file import Calibration, Entry, device_name
+from mmi_compile.environment import versions
 from mmi_compile.kernels.boundaries import build_bounded_plan
 from mmi_compile.kernels.cost import Coefficients, Work, default_coefficients, plan_work
 from mmi_compile.kernels.frames import TileShape
 from mmi_compile.kernels.geometry import Geometry
 from mmi_compile.kernels.plan import Plan
-from mmi_compile.kernels.render import cache_folder
 from mmi_compile.kernels.segments import segment
-
-SCHEMA = {"name": "mmi-cost", "version": 1}
-"""Goes into every file. The version rises when a coefficient changes its meaning."""
 
 CASES = (
     "dense", "a_shape(128,4096)", "a_shape(128,1024)", "a_shape(64,256)", "tri_shape(128,1024,512)",
@@ -61,10 +52,6 @@ OUTLIER, ROUNDS = 0.1, 4
 found anew."""
 
 
-class CostFileError(MMIError):
-    """A file of measured costs that cannot be used. The message names it and the mend."""
-
-
 @dataclass(frozen=True)
 class Measurement:
     """One call of a kernel: its work over all heads, and its time in seconds."""
@@ -73,112 +60,6 @@ class Measurement:
     case: str
     work: Work
     seconds: float
-
-
-@dataclass(frozen=True)
-class Entry:
-    """Fitted coefficients of one kernel family at one head dim.
-
-    Attributes:
-        error, worst: median and largest relative error of predictions for measurements left out of the fit.
-        samples: measurements.
-    """
-
-    family: str
-    head_dim: int
-    block_m: int
-    block_n: int
-    coefficients: Coefficients
-    error: float
-    worst: float
-    samples: int
-
-    @property
-    def tiles(self) -> TileShape:
-        """Tile shape of the plans that were measured."""
-        return TileShape(self.block_m, self.block_n)
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What is known of one device."""
-
-    device: str
-    entries: tuple[Entry, ...]
-    versions: Mapping[str, str]
-    date: str
-
-    def find(self, family: str, head_dim: int, tiles: TileShape) -> Entry | None:
-        """The entry for these kernels; of another head dim, the nearest, with the work of a tile scaled to it."""
-        known = [e for e in self.entries if e.family == family and e.tiles == tiles]
-        if not known:
-            return None
-        best = min(known, key=lambda e: (abs(math.log(e.head_dim / head_dim)), e.head_dim))
-        if best.head_dim == head_dim:
-            return best
-        return replace(best, head_dim=head_dim, coefficients=best.coefficients.scaled(head_dim / best.head_dim))
-
-    def to_json(self) -> dict[str, Any]:
-        """JSON values in the order of the file."""
-        return {
-            "schema": SCHEMA, "device": self.device, "date": self.date, "versions": dict(self.versions),
-            "entries": [asdict(entry) for entry in self.entries],
-        }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class CostModel:
-    """Coefficients for one device, kernel family and head dim, and where they come from, in words."""
-
-    family: str
-    head_dim: int
-    tiles: TileShape
-    coefficients: Coefficients
-    source: str
-
-    def seconds(self, work: Work) -> float | Tensor:
-        """Predicted seconds of one call, or of each head where ``work`` holds tensors; without its launch there."""
-        calls = 0 if any(isinstance(part, Tensor) for part in work) else 1
-        return self.coefficients.seconds(work, calls=calls)
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> CostModel:
-        """From what ``dataclasses.asdict`` made of one."""
-        parts = {"tiles": TileShape(**data["tiles"]), "coefficients": Coefficients(**data["coefficients"])}
-        return cls(**{**data, **parts})
-
-
-def cost_model(device: torch.device, dtype: torch.dtype, head_dim: int) -> CostModel:
-    """The cost model of the kernels that run here: as calibrated, else built-in ratios.
-
-    Raises:
-        ValueError: no kernel serves this device, dtype and head dim.
-        CostFileError: the device's file is damaged or of another version.
-    """
-    known = kernel_families(device, dtype, head_dim)
-    if not known:
-        raise ValueError(f"no kernel for {device}, {dtype} and head dim {head_dim}")
-    name, tiles = known[0].name, known[0].tiles
-    calibration = load(device)
-    entry = None if calibration is None else calibration.find(name, head_dim, tiles)
-    if calibration is None or entry is None:
-        built_in = default_coefficients(name, head_dim, tiles)
-        return CostModel(name, head_dim, tiles, built_in, "built-in ratios; `mmi bench --calibrate` measures")
-    return CostModel(name, head_dim, tiles, entry.coefficients, f"calibrated {calibration.date}")
-
-
-def tile_counts(device: torch.device, dtype: torch.dtype, head_dim: int) -> CostModel:
-    """A stand-in for :func:`cost_model` under which every key tile costs 1 and nothing else costs: shares of it are
-    densities.
-
-    Raises:
-        ValueError: no kernel serves this device, dtype and head dim.
-    """
-    known = kernel_families(device, dtype, head_dim)
-    if not known:
-        raise ValueError(f"no kernel for {device}, {dtype} and head dim {head_dim}")
-    ones = Coefficients(launch=0.0, rows=0.0, tiles=1.0, listed=1.0, columns=1.0, gathered=0.0, dense=1.0)
-    return CostModel(known[0].name, head_dim, known[0].tiles, ones, "numbers of key tiles")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -396,88 +277,6 @@ def cost_table(calibration: Calibration) -> RenderableType:
             str(e.samples),
         )  # fmt: skip
     return table
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
-
-
-def device_name(device: torch.device) -> str:
-    """Name of the device; of a CPU, with the number of threads, which its times depend on."""
-    facts = describe_device(device)
-    return str(facts["name"]) if device.type == "cuda" else f"CPU, {facts['threads']} threads"
-
-
-def cost_file(device: torch.device) -> Path:
-    """Where what is known of the device is kept."""
-    slug = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
-    return cache_folder() / f"cost_{slug}.json"
-
-
-def save(calibration: Calibration, device: torch.device) -> Path:
-    """Write the device's file, at once or not at all. Entries for other head dims that are in it stay.
-
-    Raises:
-        CostFileError: it cannot be written.
-    """
-    try:
-        before = load(device)
-    except CostFileError:
-        before = None  # what cannot be read is replaced
-    if before is not None:
-        new = {(e.family, e.head_dim, e.tiles) for e in calibration.entries}
-        kept = tuple(e for e in before.entries if (e.family, e.head_dim, e.tiles) not in new)
-        calibration = replace(calibration, entries=calibration.entries + kept)
-    path = cost_file(device)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(calibration.to_json(), indent=1, allow_nan=False), encoding="utf-8")
-        temporary.replace(path)
-    except (OSError, ValueError) as error:
-        raise CostFileError(f"{path}: cannot be written: {error}; set MMI_CACHE_DIR to a writable folder") from None
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-    return path
-
-
-def load(device: torch.device) -> Calibration | None:
-    """What was measured on this device; None when nothing was.
-
-    Raises:
-        CostFileError: the file is damaged or of another version.
-    """
-    path = cost_file(device)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return None
-    except (OSError, UnicodeDecodeError) as error:
-        raise _unusable(path, str(error)) from None
-    try:
-        return _from_json(json.loads(text))
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise _unusable(path, str(error)) from None
-
-
-def _from_json(data: Any) -> Calibration:
-    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
-        raise ValueError(f"is no file of version {SCHEMA['version']}")
-    entries = []
-    for item in data["entries"]:
-        coefficients = {name: float(value) for name, value in item["coefficients"].items()}
-        if any(not math.isfinite(x) or x < 0 for x in coefficients.values()) or not any(coefficients.values()):
-            raise ValueError("holds a cost that is negative or no number")
-        entry = Entry(**{**item, "coefficients": Coefficients(**coefficients)})
-        if min(entry.head_dim, entry.block_m, entry.block_n) < 1:
-            raise ValueError("holds a size below 1")
-        entries.append(entry)
-    return Calibration(str(data["device"]), tuple(entries), dict(data["versions"]), str(data["date"]))
-
-
-def _unusable(path: Path, why: str) -> CostFileError:
-    return CostFileError(f"{path}: {why}; measure again with `mmi bench --calibrate`, or delete the file")
 
 
 def _today() -> str:

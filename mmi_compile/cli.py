@@ -214,7 +214,7 @@ def _calibrate(
     device: Any, tokens: list[str] | None, json_file: str | None, heads: int | None, kv_heads: int | None,
     head_dim: int | None, dtype: str | None, repeats: int | None, seed: int | None,
 ) -> None:  # fmt: skip
-    from mmi_compile import calibrate
+    from mmi_compile import calibrate, cost_file
     from mmi_compile.bench_cases import CaseError, parse_tokens
 
     try:
@@ -229,8 +229,8 @@ def _calibrate(
     except RuntimeError as error:  # a kernel that cannot be built, or lack of memory
         raise CommandError(str(error), FAILURE) from None
     try:
-        path = calibrate.save(found, device)
-    except calibrate.CostFileError as error:
+        path = cost_file.save(found, device)
+    except cost_file.CostFileError as error:
         raise CommandError(str(error), FAILURE) from None
     if json_file == "-":
         print(json.dumps(found.to_json(), indent=1))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mmi_compile.bench_peers import kernel_families
-from mmi_compile.calibrate import CostModel
+from mmi_compile.cost_file import CostModel
 from mmi_compile.decision import MMIError
 from mmi_compile.kernels.boundaries import build_bounded_plan
 from mmi_compile.kernels.cost import Work, plan_work

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmi_compile.calibrate import CostModel, cost_model
+from mmi_compile.cost_file import CostModel, cost_model
 from mmi_compile.head_choice import LayerResult, Scored, lower_hull, pareto, walk
 from mmi_compile.head_measure import LayerInput, Measured, Measuring, Prompt, Rows
 from mmi_compile.kernels.cost import expected_density

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from mmi_compile import record, runtime
 from mmi_compile.backend import compile_graph
-from mmi_compile.calibrate import cost_model, tile_counts
+from mmi_compile.cost_file import cost_model, tile_counts
 from mmi_compile.decision import NO_PREFILL, Reason
 from mmi_compile.environment import versions
 from mmi_compile.frontend import for_once

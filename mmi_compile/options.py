@@ -163,6 +163,23 @@ def _names() -> _Kind:
     return _Kind("tuple of str", accepts, check, parse)
 
 
+def _boundaries() -> _Kind:
+    known = ("none", "q", "2d")
+    names = _names()
+
+    def check(value: Any) -> tuple[str, ...]:
+        given: tuple[str, ...] = names.check(value)
+        for name in given:
+            if name not in known:
+                raise ValueError(f"; {name!r} is no boundary")
+        if "none" not in given:
+            raise ValueError('; heads fall back to "none"')
+        return tuple(name for name in known if name in given)
+
+    accepts = 'a sequence of "none" and any of "q" and "2d" (in the environment a comma-separated list)'
+    return _Kind("tuple of str", accepts, check, names.parse)
+
+
 def _name() -> _Kind:
     def check(value: Any) -> str | None:
         if value is not None and not (isinstance(value, str) and value):
@@ -235,6 +252,15 @@ class Options:
         metadata=_about(
             _number(float, _SHARE, lambda x: 0 < x <= 1),
             "A head whose plan computes more than this share of the dense pairs is computed densely.",
+        ),
+    )
+    boundaries: tuple[str, ...] = field(
+        default=("none",),
+        metadata=_about(
+            _boundaries(),
+            "What `adaptive` may choose for a head: `none`, one pattern for the whole matrix; `q`, one for the rows "
+            "of each modality; `2d`, one for each pair of modalities. Text is told apart from everything else. `q` and "
+            "`2d` take a longer probe.",
         ),
     )
     dense_tail: bool = field(

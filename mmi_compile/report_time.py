@@ -121,7 +121,7 @@ def predicted(facts: KernelFacts | None, run: dict[str, Any] | None) -> dict[str
         ``dense_milliseconds``: None unless this device was calibrated (``mmi bench --calibrate``); ``source``: of the
         coefficients. None where the attention has not run, or ran on none of our kernels.
     """
-    from mmi_compile.calibrate import cost_model
+    from mmi_compile.cost_file import cost_model
     from mmi_compile.kernels.cost import Work
     from mmi_compile.kernels.geometry import Geometry
     from mmi_compile.kernels.plan import causal_tiles

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from mmi_compile.calibrate import CostModel
+from mmi_compile.cost_file import CostModel
 from mmi_compile.environment import describe_device
 from mmi_compile.head_measure import HeadSearchError, Measuring
 from mmi_compile.head_search import Candidates, Searcher, Survey, unpack

@@ -65,7 +65,7 @@ def _rewrite(site: AttentionSite, context: PassContext, shared: dict[Any, fx.Nod
         _scale(site), offset, 0 if fact.window is None else int(fact.window), site.policy,
         float(options.recall), float(options.max_density), _min_tokens(options), options.dense_tail,
         "" if site.heads is None else site.heads.to_text(), site.index, _layout(node), site.key, ABI,
-        *_guard(options),
+        *_guard(options, ",".join(_boundaries(site, options))),
     )  # fmt: skip
     _replace(site, new, "mmi::attention")
     return None
@@ -131,11 +131,17 @@ def _follow(old: fx.Node, new: fx.Node, context: PassContext) -> None:
                 setattr(site, name, new)
 
 
-def _guard(options: Options) -> tuple[float, float, int] | tuple[()]:
-    """``verify``, ``min_recall`` and ``guard_rows`` where one of them asks for anything."""
-    if not options.verify and options.min_recall is None:
-        return ()
-    return float(options.verify), float(options.min_recall or 0), options.guard_rows
+def _guard(options: Options, boundaries: str) -> tuple[Any, ...]:
+    """``verify``, ``min_recall``, ``guard_rows`` and ``boundaries``, as far as they ask for anything."""
+    guard = float(options.verify), float(options.min_recall or 0), options.guard_rows
+    if boundaries:
+        return (*guard, boundaries)
+    return guard if options.verify or options.min_recall is not None else ()
+
+
+def _boundaries(site: AttentionSite, options: Options) -> tuple[str, ...]:
+    """Boundaries that the policy may choose beside ``none``."""
+    return tuple(name for name in options.boundaries if name != "none") if site.policy == "adaptive" else ()
 
 
 def _min_tokens(options: Options) -> int:
@@ -191,12 +197,15 @@ def _segments(
     modality: fx.Node,
 ) -> fx.Node | list[fx.Node]:  # fmt: skip
     """The prompt grouped by modality, for all layers of the graph whose heads need it; no tensors for the others."""
-    if site.heads is None or not site.heads.bounded:
+    if site.heads is not None and site.heads.bounded:
+        modalities = site.heads.modalities
+    elif _boundaries(site, context.options):
+        modalities = ()
+    else:
         return []
     q = tensor_of(site.q)
     assert q is not None
     padding, bounds, offset = masked
-    modalities = site.heads.modalities
     # Tiles, and with them the sizes of the tensors, follow from device, dtype and head dim.
     key = ("segments", padding, offset, modality, str(q.shape[2]), q.dtype, q.device, int(q.shape[3]), modalities)
     return _once(

@@ -15,18 +15,16 @@ from hypothesis import strategies as st
 
 from mmi_compile import calibrate, cli
 from mmi_compile.bench_cases import parse_cases
-from mmi_compile.calibrate import (
+from mmi_compile.calibrate import CalibrationOptions, Measurement, fit, held_out_errors, non_negative_least_squares
+from mmi_compile.cost_file import (
+    SCHEMA,
     Calibration,
-    CalibrationOptions,
     CostFileError,
     Entry,
-    Measurement,
+    coefficients_for,
     cost_file,
     cost_model,
-    fit,
-    held_out_errors,
     load,
-    non_negative_least_squares,
     save,
 )
 from mmi_compile.kernels.cost import Coefficients, Work, default_coefficients
@@ -129,7 +127,7 @@ def test_other_head_dims_stay(cache: Path) -> None:
     "text",
     [
         "", "{", "[]", "null", '{"schema": {"name": "mmi-cost", "version": 0}}', "\x00",
-        json.dumps({"schema": calibrate.SCHEMA}),
+        json.dumps({"schema": SCHEMA}),
         json.dumps({**calibration(entry()).to_json(), "entries": [{"family": "cpu"}]}),
         json.dumps(calibration(entry(coefficients=dataclasses.replace(TRUTH, tiles=-1.0))).to_json()),
         json.dumps(calibration(entry(coefficients=dataclasses.replace(TRUTH, tiles=float("inf")))).to_json()),
@@ -215,8 +213,29 @@ def test_the_command_measures_prints_and_keeps(capsys: pytest.CaptureFixture[str
     assert str(cost_file(CPU)) in capsys.readouterr().out
     assert cost_file(CPU).is_file()
     assert cli.main([*arguments, "--json", "-"]) == 0
-    assert json.loads(capsys.readouterr().out)["schema"] == calibrate.SCHEMA
+    assert json.loads(capsys.readouterr().out)["schema"] == SCHEMA
     assert cli.main([*arguments, "--tune", "--cases", "dense"]) == 2
     assert "no use for --cases and --tune" in capsys.readouterr().err
     assert cli.main([*arguments, "--dtype", "int8"]) == 2
     assert "bf16" in capsys.readouterr().err
+
+
+# --- what runs
+
+
+def test_attention_is_planned_by_what_was_measured() -> None:
+    assert coefficients_for(CPU, "cpu", 64, CPU_TILES).coefficients == PRIOR
+    save(calibration(entry()), CPU)
+    found = coefficients_for(CPU, "cpu", 64, CPU_TILES)
+    assert found.measured
+    assert found.coefficients == TRUTH
+    assert not found.problem
+
+
+def test_a_damaged_file_is_told_and_built_in_costs_serve() -> None:
+    save(calibration(entry()), CPU)
+    cost_file(CPU).write_text("{")
+    found = coefficients_for(CPU, "cpu", 96, CPU_TILES)  # asked for the first time
+    assert found.coefficients == default_coefficients("cpu", 96, CPU_TILES)
+    assert "measure again" in found.problem
+    assert not found.measured

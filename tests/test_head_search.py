@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mmi_compile.calibrate import CostModel
+from mmi_compile.cost_file import CostModel
 from mmi_compile.head_choice import LayerResult, Scored, choose, lower_hull, pareto, walk
 from mmi_compile.head_measure import (
     HeadSearchError,

@@ -16,7 +16,7 @@ from torch import nn
 
 import mmi_compile
 from mmi_compile import cli, head_search, model_search, record, runtime
-from mmi_compile.calibrate import Calibration, Entry, save
+from mmi_compile.cost_file import Calibration, Entry, save
 from mmi_compile.head_config import HeadConfig
 from mmi_compile.head_measure import HeadSearchError
 from mmi_compile.head_search import Candidates

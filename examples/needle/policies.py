@@ -31,7 +31,7 @@ class Policy:
         name: ``dense``, ``exact``, ``adaptive``, or ``config``.
         recall: target of ``adaptive``, or None for the default; min_recall: of its guard, or None for none.
         pattern: of all heads, for ``config``; else ``path`` is that of a head config, or ``config`` is one.
-        dense_tail: the last rows keep every key.
+        dense_tail: the last rows keep every key. boundaries: what ``adaptive`` may choose among.
     """
 
     text: str
@@ -42,11 +42,14 @@ class Policy:
     min_recall: float | None = None
     config: HeadConfig | None = None
     dense_tail: bool = True
+    boundaries: tuple[str, ...] = ("none",)
 
     def options(self, model: Any) -> dict[str, Any]:
         """Options of ``mmi_compile.compile``. ``min_tokens`` is 0: short prompts are to be sparse as well."""
         options: dict[str, Any] = {"policy": self.name, "inner": "eager", "min_tokens": 0, "strict": True}
         options["dense_tail"] = self.dense_tail
+        if self.name == "adaptive":
+            options["boundaries"] = self.boundaries
         if self.recall is not None:
             options["recall"] = self.recall
         if self.min_recall is not None:

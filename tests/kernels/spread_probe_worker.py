@@ -64,7 +64,7 @@ def check(
 
 def sums(got: SpreadProbe, want: SpreadProbe, keys: Tensor) -> list[tuple[Tensor, Tensor]]:
     both = [(getattr(got, name), getattr(want, name)) for name in ("blocks", "credit")]
-    both += [(got.mass_at(keys, checking=c), want.mass_at(keys, checking=c)) for c in (False, True)]
+    both += [(got.mass_at(keys, kinds), want.mass_at(keys, kinds)) for kinds in (1, None)]
     return [*both, (got.credit_at(keys), want.credit_at(keys))]
 
 
