@@ -11,16 +11,27 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from mmi_compile.kernels.boundaries import compact_frame
 from mmi_compile.kernels.cost import Coefficients, Work, record_work
 from mmi_compile.kernels.frames import TileFrame, TileShape, constant, ramp
 from mmi_compile.kernels.geometry import Geometry
-from mmi_compile.kernels.part_probe import CHOOSE, KINDS, PartKey, PartProbe, part_rows, parts_of, run_part_probe
+from mmi_compile.kernels.part_probe import (
+    CHOOSE,
+    KINDS,
+    PartKey,
+    PartProbe,
+    PartRows,
+    part_rows,
+    parts_of,
+    run_part_probe,
+)
 from mmi_compile.kernels.plan import RECORD, Plan, TileRecord
 from mmi_compile.kernels.planner import Lowered, list_size, lower, make_dense, ordered_frame
 from mmi_compile.kernels.probe import best_phase
@@ -101,25 +112,85 @@ def search_parts(
 
     Nothing waits for the device.
     """
-    g, bn, count = geometry, tiles.block_n, len(segments.labels)
-    parts = parts_of(count, boundaries)
-    sinks = -(-sink_tokens(bn) // bn) * bn
-    zone = min(LOCAL_ZONE, g.kv_len // 16)
-    zones = torch.clamp(segments.counts // 16, max=LOCAL_ZONE)
-    rows = part_rows(segments, g, tiles, zone, sinks)
-    probe = run_part_probe(q, k, g, scale, segments, rows, parts, tiles, zones, sinks)
-    places = _tile_frames(parts, segments, g, tiles)
-    mine = _own_tiles(parts, segments, places)
-    found = []
-    for name in boundaries:
-        some = [index for index, part in enumerate(parts) if (part.key is None) == (name == "q")]
-        own = slice(some[0], some[-1] + 1)
-        found.append(_searched(name, probe, own, places, mine, g, tiles, recall, prices, columns, strides))
-    return found
+    facts = _facts_of(geometry, tiles, segments, tuple(boundaries), prices)
+    probe = run_part_probe(
+        q, k, geometry, scale, segments, facts.rows, facts.parts, tiles, facts.zones, _sinks(tiles.block_n)
+    )
+    return [
+        _searched(name, probe.some(some), frame, owned, geometry, tiles, recall, columns, strides)
+        for name, some, frame, owned in facts.boundaries
+    ]
+
+
+def _sinks(block_n: int) -> int:
+    """First keys of each key space that a sparse head keeps, whole blocks."""
+    return -(-sink_tokens(block_n) // block_n) * block_n
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Tiles and costs of parts
+# What the grouping of a prompt decides
+
+
+class _Boundary(NamedTuple):
+    """Of one boundary: its name, its parts, what their search must know, and which tiles hold rows of each part, bool
+    ``[B * V, QT]``."""
+
+    name: str
+    parts: slice
+    frame: SearchFrame
+    owned: Tensor
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What the search knows before q and k.
+
+    Attributes:
+        zones: int ``[B, M]``, nearest keys of each modality that are left to windows.
+    """
+
+    parts: tuple[PartKey, ...]
+    rows: PartRows
+    zones: Tensor
+    boundaries: tuple[_Boundary, ...]
+
+
+_known = WeakTensorKeyDictionary()
+"""For the row order of a grouping, which the layers of a graph share: facts by what else decides them."""
+
+
+def _facts_of(
+    geometry: Geometry, tiles: TileShape, segments: Segments, boundaries: tuple[str, ...], prices: Prices
+) -> _Facts:
+    """Made once for all layers that share a grouping."""
+    order = segments.row_order
+    stream = torch.cuda.current_stream(order.device).cuda_stream if order.is_cuda else 0
+    lengths = (geometry.batch, geometry.q_len, geometry.kv_len, geometry.q_offset)
+    version = 0 if order.is_inference() else order._version
+    key = (lengths, tiles, segments.labels, boundaries, prices, version, stream)
+    known: dict[Any, _Facts] = _known.setdefault(order, {})
+    if key not in known:
+        known[key] = _make_facts(geometry, tiles, segments, boundaries, prices)
+    return known[key]
+
+
+def _make_facts(
+    geometry: Geometry, tiles: TileShape, segments: Segments, boundaries: tuple[str, ...], prices: Prices
+) -> _Facts:
+    g, width = geometry, segments.key_order.shape[1]
+    parts = parts_of(len(segments.labels), boundaries)
+    rows = part_rows(segments, g, tiles, min(LOCAL_ZONE, g.kv_len // 16), _sinks(tiles.block_n))
+    places = _tile_frames(parts, segments, g, tiles)
+    mine = _own_tiles(parts, segments, places)
+    made = []
+    for name in boundaries:
+        own = [index for index, part in enumerate(parts) if (part.key is None) == (name == "q")]
+        some = slice(own[0], own[-1] + 1)
+        query = constant(tuple(part.query for part in parts[some]), mine.device, torch.int64)
+        tile, owned = rows.tile.index_select(1, query).flatten(0, 1), mine[:, some].flatten(0, 1)
+        frame = _part_frame(_of_parts(places, some), owned, tile, width, tiles, prices)
+        made.append(_Boundary(name, some, frame, owned))
+    return _Facts(parts, rows, torch.clamp(segments.counts // 16, max=LOCAL_ZONE), tuple(made))
 
 
 _PLACES = ("low", "high", "base", "first", "latest", "full", "stop", "origin", "live_end", "after")
@@ -280,31 +351,25 @@ class PartSearch(Search):
 
 
 def _searched(
-    name: str, probe: PartProbe, some: slice, places: TileFrame, mine: Tensor, geometry: Geometry, tiles: TileShape,
-    recall: float, prices: Prices, columns: int, strides: Sequence[int],
+    name: str, probe: PartProbe, frame: SearchFrame, owned: Tensor, geometry: Geometry, tiles: TileShape,
+    recall: float, columns: int, strides: Sequence[int],
 ) -> Bounded:  # fmt: skip
     """The best rules of the parts of one boundary, as plans."""
-    g, segments = geometry, probe.segments
-    own = probe.some(some)
-    width, count = segments.key_order.shape[1], len(own.parts)
-    query = constant(tuple(part.query for part in own.parts), mine.device, torch.int64)
-    tile = probe.rows.tile.index_select(1, query).flatten(0, 1)
-    frames, owned = _of_parts(places, some), mine[:, some].flatten(0, 1)
-    frame = _part_frame(frames, owned, tile, width, tiles, prices)
+    g, width, count = geometry, probe.segments.key_order.shape[1], len(probe.parts)
     spaces = Geometry(g.batch * count, g.q_heads, g.kv_heads, width, width)
-    mass, checked = own.blocks.flatten(0, 1).split([CHOOSE * SPREAD_GROUPS, (KINDS - CHOOSE) * SPREAD_GROUPS], 2)
+    mass, checked = probe.blocks.flatten(0, 1).split([CHOOSE * SPREAD_GROUPS, (KINDS - CHOOSE) * SPREAD_GROUPS], 2)
     relative, missing = PartSearch.reduced(mass, frame)
     total = mass.sum((2, 3))
     search = PartSearch(
         geometry=spaces, tiles=tiles, frame=frame, mass=mass, checked=checked, total=total,
-        budget=_budgets(own, total.unflatten(0, (g.batch, count)), recall).flatten(0, 1),
-        relative=relative, missing=missing, credit=own.credit.flatten(0, 1), probe=own,
+        budget=_budgets(probe, total.unflatten(0, (g.batch, count)), recall).flatten(0, 1),
+        relative=relative, missing=missing, credit=probe.credit.flatten(0, 1), probe=probe,
         most=max(1, min(columns, max_columns(g.kv_len, tiles.block_n), width)),
     )  # fmt: skip
     found = search.choose(strides)
-    lowered = lower(found.rules, spaces, tiles, diagonals=found.diagonals, frame=frames)
-    chosen, measured = _recalls(covered_mass(lowered, search).unflatten(0, (g.batch, count)), own)
-    return _as_regions(name, lowered, own, owned, tiles, columns, (chosen, measured), found.pattern, g)
+    lowered = lower(found.rules, spaces, tiles, diagonals=found.diagonals, frame=frame.tiles)
+    chosen, measured = _recalls(covered_mass(lowered, search).unflatten(0, (g.batch, count)), probe)
+    return _as_regions(name, lowered, probe, owned, tiles, columns, (chosen, measured), found.pattern, g)
 
 
 def _budgets(probe: PartProbe, mass: Tensor, recall: float) -> Tensor:
@@ -412,9 +477,9 @@ def assemble(plain: Plan, chosen: Tensor, found: Sequence[Bounded], segments: Se
         lists.append(bounded.lists)
         bits.append(bounded.bits)
     plan = dataclasses.replace(
-        plain, tiles=tiles, row_order=order, lists=torch.cat(lists), columns=columns, has_sinks=True,
-        list_bits=torch.cat(bits), key_order=segments.key_order if grouped else None,
-        column_slots=slots if grouped else None,
+        plain, tiles=tiles.contiguous(), row_order=order.contiguous(), lists=torch.cat(lists),
+        columns=columns.contiguous(), has_sinks=True, list_bits=torch.cat(bits),
+        key_order=segments.key_order if grouped else None, column_slots=slots.contiguous() if grouped else None,
     )  # fmt: skip
     if not dense_tail:
         return plan

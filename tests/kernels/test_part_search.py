@@ -24,6 +24,7 @@ from mmi_compile.kernels.segments import Segments, segment
 from mmi_compile.kernels.spread_probe import SPREAD_GROUPS
 from mmi_compile.kernels.structured import Structure, structured_qkv
 from tests.host_waits import NoHostWaits
+from tests.launches import launches
 from tests.random_plans import check_contract
 from tests.strategies import random_inputs
 
@@ -151,6 +152,11 @@ def test_plans_are_lawful_and_keep_what_they_say(case: dict[str, Any]) -> None:
         chosen = torch.where(torch.stack([b.fits for b in found]).all(0), chosen.long(), 0)
         plan = assemble(plain, chosen, found, segments, dense_tail=False)
         check_contract(plan)
+        assert plan.tiles.is_contiguous()  # kernels read all of these as they lie
+        assert plan.columns.is_contiguous()
+        assert plan.row_order is not None
+        assert plan.row_order.is_contiguous()
+        assert plan.column_slots is None or plan.column_slots.is_contiguous()
         mask = plan.to_mask()
         assert not (mask & ~model).any()
         assert mask.any(-1).all()
@@ -218,6 +224,24 @@ def test_choosing_never_waits_for_the_device() -> None:
     x = random_inputs(g)
     with NoHostWaits():
         choose(x.q, x.k, ids, ("q", "2d"), recall=0.5)
+
+
+def test_layers_share_what_the_grouping_decides() -> None:
+    ids = prompt(600, seed=3)
+    g = Geometry(1, 2, 1, 600, 600)
+    x = random_inputs(g)
+    segments = segment(ids, (0, 1), g, TILES)
+
+    def plan() -> None:
+        boundaries = Boundaries(("q", "2d"), segments, LABELS)
+        adaptive_plan(x.q, x.k, g, 1.0, TILES, recall=0.5, groups=SPREAD_GROUPS, boundaries=boundaries)
+
+    first = launches(plan)
+    assert launches(plan) < first - 150
+    with torch.inference_mode():  # tensors made there have no version
+        segments = segment(ids, (0, 1), g, TILES)
+        first = launches(plan)
+        assert launches(plan) < first - 150
 
 
 def test_the_last_rows_stay_dense() -> None:
