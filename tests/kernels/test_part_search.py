@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from mmi_compile.kernels import part_search
 from mmi_compile.kernels.adaptive import Boundaries, HeadChoice, adaptive_plan
 from mmi_compile.kernels.cost import Coefficients
 from mmi_compile.kernels.frames import TileShape
@@ -24,7 +25,6 @@ from mmi_compile.kernels.segments import Segments, segment
 from mmi_compile.kernels.spread_probe import SPREAD_GROUPS
 from mmi_compile.kernels.structured import Structure, structured_qkv
 from tests.host_waits import NoHostWaits
-from tests.launches import launches
 from tests.random_plans import check_contract
 from tests.strategies import random_inputs
 
@@ -226,22 +226,26 @@ def test_choosing_never_waits_for_the_device() -> None:
         choose(x.q, x.k, ids, ("q", "2d"), recall=0.5)
 
 
-def test_layers_share_what_the_grouping_decides() -> None:
+@pytest.mark.parametrize("inference", [False, True])  # tensors made in inference mode have no version
+def test_layers_share_what_the_grouping_decides(inference: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    def make(*arguments: Any) -> Any:
+        made.append(arguments)
+        return facts(*arguments)
+
+    facts = part_search._make_facts
+    monkeypatch.setattr(part_search, "_make_facts", make)
     ids = prompt(600, seed=3)
-    g = Geometry(1, 2, 1, 600, 600)
-    x = random_inputs(g)
-    segments = segment(ids, (0, 1), g, TILES)
-
-    def plan() -> None:
-        boundaries = Boundaries(("q", "2d"), segments, LABELS)
-        adaptive_plan(x.q, x.k, g, 1.0, TILES, recall=0.5, groups=SPREAD_GROUPS, boundaries=boundaries)
-
-    first = launches(plan)
-    assert launches(plan) < first - 150
-    with torch.inference_mode():  # tensors made there have no version
-        segments = segment(ids, (0, 1), g, TILES)
-        first = launches(plan)
-        assert launches(plan) < first - 150
+    x = random_inputs(Geometry(1, 2, 1, 600, 600))
+    with torch.inference_mode(inference):
+        for seed in range(2):
+            segments = segment(ids, (0, 1), Geometry(1, 2, 1, 600, 600), TILES)
+            for layer in range(2):
+                boundaries = Boundaries(("q", "2d"), segments, LABELS)
+                q = x.q + layer
+                adaptive_plan(q, x.k, Geometry(1, 2, 1, 600, 600), 1.0, TILES, recall=0.5, boundaries=boundaries)
+            assert len(made) == seed + 1
 
 
 def test_the_last_rows_stay_dense() -> None:
