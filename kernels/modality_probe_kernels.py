@@ -64,6 +64,34 @@ def _reach(  # type: ignore[no-untyped-def]
     return low, middle, high
 
 
+@triton.jit
+def _pack_rows(  # type: ignore[no-untyped-def]
+    q, k, packs, pack, batch, row, live, stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, group,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """Of a pack: the output row of each of its rows, int32 ``[M]``, -1 for none; their queries ``[M, BLOCK_D]``, zeros
+    where not ``live``; and where the keys that they share begin."""
+    entry = packs + (pack * HEADS + tl.arange(0, HEADS * ROWS) // ROWS) * 3
+    slot, head = tl.load(entry), tl.load(entry + 1)
+    queries = _queries(q, head, row, live, batch, stride_qb, stride_qh, stride_qm, HEAD_DIM, BLOCK_D, UNIT)
+    kv_head = tl.load(packs + pack * HEADS * 3 + 1) // group
+    return slot, queries, k + (batch * stride_kb + kv_head * stride_kh) * UNIT
+
+
+@triton.jit
+def _chunk_reach(  # type: ignore[no-untyped-def]
+    place, kv_start, kv_stop, batch, chunk, chunk_tiles, kv_len, window,
+    BLOCK_N: tl.constexpr, HAS_BOUNDS: tl.constexpr, HAS_WINDOW: tl.constexpr, PLAIN: tl.constexpr,
+):  # fmt: skip
+    """First live key and one past the last one; first tile of a chunk and one past its last; and what ``_reach`` says
+    of those tiles."""
+    start, stop = _bounds(kv_start, kv_stop, batch, kv_len, HAS_BOUNDS)
+    begin = chunk * chunk_tiles
+    end = tl.minimum(begin + chunk_tiles, tl.cdiv(kv_len, BLOCK_N))
+    low, middle, high = _reach(place, begin, end, start, kv_len, window, BLOCK_N, HAS_WINDOW, PLAIN)
+    return start, stop, begin, end, low, middle, high
+
+
 @triton.jit(do_not_specialize=[
     "stride_qb", "stride_qh", "stride_qm", "stride_kb", "stride_kh", "stride_kn", "n_packs", "heads_out", "modalities",
     "group", "n_rows", "q_offset", "kv_len", "window", "chunk_tiles", "n_chunks", "scale",
@@ -79,24 +107,20 @@ def modality_row_stats(  # type: ignore[no-untyped-def]
     """Maximum and sum of each row over one chunk of keys, into ``[B, heads_out, n_chunks, ROWS]`` each."""
     batch, pack, chunk = tl.program_id(0) // n_packs, tl.program_id(0) % n_packs, tl.program_id(1)
     m = tl.arange(0, HEADS * ROWS)
-    head = tl.load(packs + (pack * HEADS + m // ROWS) * 3 + 1)
     place = _row_positions(positions, packs, pack, batch, modalities, n_rows, HEADS)
-    queries = _queries(
-        q, head, place - q_offset, place >= 0, batch, stride_qb, stride_qh, stride_qm, HEAD_DIM, BLOCK_D, UNIT
-    )  # [M, BLOCK_D]
-    kv_head = tl.load(packs + pack * HEADS * 3 + 1) // group
-    k += (batch * stride_kb + kv_head * stride_kh) * UNIT
+    slot, queries, k = _pack_rows(
+        q, k, packs, pack, batch, place - q_offset, place >= 0, stride_qb, stride_qh, stride_qm, stride_kb, stride_kh,
+        group, HEADS, HEAD_DIM, BLOCK_D, UNIT,
+    )  # fmt: skip
     position = place[:, None]
-    start, stop = _bounds(kv_start, kv_stop, batch, kv_len, HAS_BOUNDS)
-    begin = chunk * chunk_tiles
-    end = tl.minimum(begin + chunk_tiles, tl.cdiv(kv_len, BLOCK_N))
     PLAIN: tl.constexpr = not (HAS_BOUNDS or HAS_PADDING or HAS_WINDOW)
-    low, middle, high = _reach(place, begin, end, start, kv_len, window, BLOCK_N, HAS_WINDOW, PLAIN)
+    start, stop, _, _, low, middle, high = _chunk_reach(
+        place, kv_start, kv_stop, batch, chunk, chunk_tiles, kv_len, window, BLOCK_N, HAS_BOUNDS, HAS_WINDOW, PLAIN
+    )
     highest, total = _row_stats(
         queries, k, position, key_padding, batch, low, middle, high, start, stop, kv_len, stride_kn, window, scale,
         HEADS, BLOCK_N, HEAD_DIM, BLOCK_D, UNIT, HAS_PADDING, HAS_WINDOW, PLAIN,
     )  # fmt: skip
-    slot = tl.load(packs + (pack * HEADS + m // ROWS) * 3)
     target = ((batch * heads_out + slot) * n_chunks + chunk) * ROWS + m % ROWS
     tl.store(row_max + target, highest, mask=slot >= 0)
     tl.store(row_sum + target, total, mask=slot >= 0)
@@ -128,14 +152,11 @@ def modality_columns(  # type: ignore[no-untyped-def]
     """Probability on each key of one chunk, into ``columns [B, heads_out, kv_len]``; ``log_sums`` of all rows."""
     batch, pack, chunk = tl.program_id(0) // n_packs, tl.program_id(0) % n_packs, tl.program_id(1)
     m = tl.arange(0, HEADS * ROWS)
-    head = tl.load(packs + (pack * HEADS + m // ROWS) * 3 + 1)
-    row_slot = tl.load(packs + (pack * HEADS + m // ROWS) * 3)
     place = _row_positions(positions, packs, pack, batch, modalities, n_rows, HEADS)
-    queries = _queries(
-        q, head, place - q_offset, place >= 0, batch, stride_qb, stride_qh, stride_qm, HEAD_DIM, BLOCK_D, UNIT
-    )  # [M, BLOCK_D]
-    kv_head = tl.load(packs + pack * HEADS * 3 + 1) // group
-    k += (batch * stride_kb + kv_head * stride_kh) * UNIT
+    row_slot, queries, k = _pack_rows(
+        q, k, packs, pack, batch, place - q_offset, place >= 0, stride_qb, stride_qh, stride_qm, stride_kb, stride_kh,
+        group, HEADS, HEAD_DIM, BLOCK_D, UNIT,
+    )  # fmt: skip
     normal = _log_sums(row_max, row_sum, row_slot, batch, heads_out, stats_chunks, n_rows, HEADS)
     # Tiles without a mask have counted the zeros of rows that do not exist.
     normal = tl.where(place >= 0, normal, float("inf"))
@@ -143,11 +164,10 @@ def modality_columns(  # type: ignore[no-untyped-def]
     slot = tl.load(packs + (pack * HEADS + tl.arange(0, HEADS)) * 3)
     out = (batch * heads_out + slot).to(tl.int64)
     position = place[None, :]
-    start, stop = _bounds(kv_start, kv_stop, batch, kv_len, HAS_BOUNDS)
-    begin = chunk * chunk_tiles
-    end = tl.minimum(begin + chunk_tiles, tl.cdiv(kv_len, BLOCK_N))
     PLAIN: tl.constexpr = not (HAS_BOUNDS or HAS_PADDING or HAS_WINDOW)
-    low, middle, high = _reach(place, begin, end, start, kv_len, window, BLOCK_N, HAS_WINDOW, PLAIN)
+    start, stop, begin, end, low, middle, high = _chunk_reach(
+        place, kv_start, kv_stop, batch, chunk, chunk_tiles, kv_len, window, BLOCK_N, HAS_BOUNDS, HAS_WINDOW, PLAIN
+    )
     _store_zeros(columns, out, slot, begin, low, kv_len, HEADS, BLOCK_N)
     for masked in tl.static_range(0 if PLAIN else 1, 2):
         for tile in tl.range(middle if masked else low, high if masked else middle):
