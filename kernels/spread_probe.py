@@ -149,6 +149,11 @@ class SpreadCall:
     block_n: int
     tiles: ModalityTiles | None = None
 
+    def packed(self, kinds: int) -> PackedRows:
+        """Rows of the first ``kinds`` kinds, of all heads."""
+        entries = tuple((kind, head) for kind in range(kinds) for head in range(self.geometry.q_heads))
+        return PackedRows(self.q, self.k, self.geometry, self.scale, self.spread.positions, entries)
+
 
 @span("mmi::probe")
 def run_spread_probe(
@@ -247,11 +252,9 @@ def fused_spread_probe(
     # Sums by key block are made of whole tiles.
     chosen = chosen._replace(columns=chosen.columns._replace(block_n=min(chosen.columns.block_n, block_n)))
     q, k = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k))
-    entries = tuple((kind, head) for kind in range(spread.kinds) for head in range(g.q_heads))
-    packed = PackedRows(q, k, g, scale, spread.positions, entries)
     call = SpreadCall(q, k, g, scale, spread, block_n, chosen)
     by_tile, credit, given = _sums_of(call)
-    log_sums = packed.run("spread_sums", chosen, programs, given)
+    log_sums = call.packed(spread.kinds).run("spread_sums", chosen, programs, given)
     return SpreadProbe(call, _by_block(by_tile, call), credit, log_sums.unflatten(1, (spread.kinds, -1)))
 
 
@@ -266,7 +269,7 @@ def _sums_of(call: SpreadCall) -> tuple[Tensor, Tensor, dict[str, Any]]:
     given = {
         "rows": spread.rows, "by_tile": by_tile, "credit": credit, "credit_start": spread.credit_start,
         "credit_stop": spread.credit_stop, "n_credits": spread.choosing * g.q_heads, "credit_kinds": spread.choosing,
-        "n_tiles": n_tiles, "EACH": GROUP_ROWS,
+        "n_tiles": n_tiles, "EACH": 64 // spread.groups, "HAS_CREDIT": spread.choosing > 0,
     }  # fmt: skip
     return by_tile, credit, given
 
@@ -277,12 +280,10 @@ def fused_sums(call: SpreadCall, log_sums: Tensor, *, programs: int = PROGRAMS) 
     Args:
         log_sums: float ``[B, kinds, HQ, rows]``, to base 2.
     """
-    g, spread = call.geometry, call.spread
+    spread = call.spread
     assert call.tiles is not None
-    entries = tuple((kind, head) for kind in range(spread.kinds) for head in range(g.q_heads))
-    packed = PackedRows(call.q, call.k, g, call.scale, spread.positions, entries)
     by_tile, credit, given = _sums_of(call)
-    packed.sums("spread_sums", call.tiles, programs, given, Statistics.known(log_sums.flatten(1, 2)))
+    call.packed(spread.kinds).sums("spread_sums", call.tiles, programs, given, Statistics.known(log_sums.flatten(1, 2)))
     return _by_block(by_tile, call), credit
 
 
@@ -299,29 +300,30 @@ def _fused_mass_at(probe: SpreadProbe, keys: Tensor, kinds: int) -> Tensor:
     call = probe.call
     g, spread, count = call.geometry, call.spread, keys.shape[-1]
     assert call.tiles is not None
-    entries = tuple((kind, head) for kind in range(kinds) for head in range(g.q_heads))
-    packed = PackedRows(call.q, call.k, g, call.scale, spread.positions, entries)
     mass = torch.empty(g.batch, g.q_heads, kinds * spread.groups, count, device=keys.device)
-    packed.launch_by_entry(
+    call.packed(kinds).launch_by_entry(
         "spread_at_keys", call.tiles.columns._replace(heads=1), count,
         {"keys": keys.int().contiguous(), "mass": mass, "log_sums": probe.log_sums[:, :kinds].contiguous(),
-         "count": count, "q_heads": g.q_heads, "EACH": GROUP_ROWS},
+         "count": count, "q_heads": g.q_heads, "EACH": 64 // spread.groups},
     )  # fmt: skip
     return mass
 
 
-def compile_ahead(arch: str, dtype: str, head_dim: int, *, special: bool = False) -> dict[str, Any]:
+def compile_ahead(
+    arch: str, dtype: str, head_dim: int, *, special: bool = False, each: int = GROUP_ROWS, credit: bool = True
+) -> dict[str, Any]:
     """Compile both kernels for ``arch`` on a machine that need not have it; the compiled kernels by name.
 
     Args:
         arch: for example ``"sm_90"`` or ``"gfx942"``; dtype: "bf16" or "fp16".
-        special: with padding bounds, holes and a window.
+        special: with padding bounds, holes and a window. each: rows in a group. credit: whether keys may be credited.
     """
     from mmi_compile.kernels import spread_probe_kernels
 
     tile = modality_tiles(arch, head_dim).columns
     shared: dict[str, int] = {f"HAS_{name}": special for name in ("BOUNDS", "PADDING", "WINDOW")}
-    shared |= {"HEAD_DIM": head_dim, "BLOCK_D": padded_head_dim(head_dim), "UNIT": 8, "EACH": GROUP_ROWS}
+    shared |= {"HEAD_DIM": head_dim, "BLOCK_D": padded_head_dim(head_dim), "UNIT": 8, "EACH": each}
+    shared["HAS_CREDIT"] = credit
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     compiled = {}
     for name, heads in (("spread_sums", tile.heads), ("spread_at_keys", 1)):

@@ -7,7 +7,7 @@ the first ``credit_kinds`` kinds credit columns. The rows of a group are ``EACH`
 import triton
 import triton.language as tl
 
-from mmi_compile.kernels.modality_probe_kernels import _queries, _reach, _row_positions
+from mmi_compile.kernels.modality_probe_kernels import _chunk_reach, _pack_rows, _row_positions
 from mmi_compile.kernels.probe_kernels import (
     ROWS,
     _bounds,
@@ -19,14 +19,15 @@ from mmi_compile.kernels.probe_kernels import (
 @triton.jit
 def _store_no_mass(  # type: ignore[no-untyped-def]
     credit, by_tile, out, chooses, group_out, group_real, begin, end, kv_len, n_tiles,
-    HEADS: tl.constexpr, BLOCK_N: tl.constexpr, GROUPS: tl.constexpr,
+    HEADS: tl.constexpr, BLOCK_N: tl.constexpr, GROUPS: tl.constexpr, HAS_CREDIT: tl.constexpr,
 ):  # fmt: skip
     for tile in tl.range(begin, end):
-        key = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        nothing = tl.zeros([BLOCK_N, HEADS], tl.float32)
-        tl.store(
-            credit + out[None, :] * kv_len + key[:, None], nothing, mask=(key < kv_len)[:, None] & chooses[None, :]
-        )
+        if HAS_CREDIT:
+            key = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+            nothing = tl.zeros([BLOCK_N, HEADS], tl.float32)
+            tl.store(
+                credit + out[None, :] * kv_len + key[:, None], nothing, mask=(key < kv_len)[:, None] & chooses[None, :]
+            )
         tl.store(by_tile + group_out + tile * GROUPS, tl.zeros([HEADS * GROUPS], tl.float32), mask=group_real)
 
 
@@ -44,30 +45,31 @@ def spread_sums(  # type: ignore[no-untyped-def]
     n_credits, credit_kinds, n_tiles,
     HEADS: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr,
     HAS_BOUNDS: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_WINDOW: tl.constexpr, EACH: tl.constexpr,
+    HAS_CREDIT: tl.constexpr,
 ):  # fmt: skip
-    """Probability over one chunk of keys: by key, of the rows that may credit it, into ``credit [B, n_credits,
-    kv_len]``, one for each of the first entries; by tile of keys for each group, into ``by_tile [B, heads_out, n_tiles,
-    ROWS / EACH]``; ``log_sums`` of all rows. A row may stand elsewhere among the keys than in ``q``: keys may be in
-    groups."""
+    """Probability over one chunk of keys: by tile of keys for each group, into ``by_tile [B, heads_out, n_tiles, ROWS /
+    EACH]``; where ``HAS_CREDIT``, by key, of the rows that may credit it, into ``credit [B, n_credits, kv_len]``, one
+    for each of the first entries; ``log_sums`` of all rows. A row may stand elsewhere among the keys than in ``q``:
+    keys may be in groups."""
     GROUPS: tl.constexpr = ROWS // EACH
     batch, pack, chunk = tl.program_id(0) // n_packs, tl.program_id(0) % n_packs, tl.program_id(1)
     m = tl.arange(0, HEADS * ROWS)
-    entry = packs + (pack * HEADS + m // ROWS) * 3
-    row_slot, head, kind = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
     place = _row_positions(positions, packs, pack, batch, modalities, n_rows, HEADS)
     row = _row_positions(rows, packs, pack, batch, modalities, n_rows, HEADS)
-    queries = _queries(
-        q, head, row, place >= 0, batch, stride_qb, stride_qh, stride_qm, HEAD_DIM, BLOCK_D, UNIT
-    )  # [M, BLOCK_D]
-    kv_head = tl.load(packs + pack * HEADS * 3 + 1) // group
-    k += (batch * stride_kb + kv_head * stride_kh) * UNIT
+    row_slot, queries, k = _pack_rows(
+        q, k, packs, pack, batch, row, place >= 0, stride_qb, stride_qh, stride_qm, stride_kb, stride_kh,
+        group, HEADS, HEAD_DIM, BLOCK_D, UNIT,
+    )  # fmt: skip
     normal = _log_sums(row_max, row_sum, row_slot, batch, heads_out, stats_chunks, n_rows, HEADS)
     # Tiles without a mask have counted the zeros of rows that do not exist.
     normal = tl.where(place >= 0, normal, float("inf"))
     tl.store(log_sums + (batch * heads_out + row_slot) * ROWS + m % ROWS, normal, mask=(row_slot >= 0) & (chunk == 0))
-    from_key = tl.load(credit_start + batch)
-    credits = (kind < credit_kinds) & (place >= 0)
-    to_key = tl.load(credit_stop + (batch * credit_kinds + kind) * n_rows + m % ROWS, mask=credits, other=0)[None, :]
+    if HAS_CREDIT:
+        kind = tl.load(packs + (pack * HEADS + m // ROWS) * 3 + 2)
+        from_key = tl.load(credit_start + batch)
+        credits = (kind < credit_kinds) & (place >= 0)
+        to_stop = credit_stop + (batch * credit_kinds + kind) * n_rows + m % ROWS
+        to_key = tl.load(to_stop, mask=credits, other=0)[None, :]
     slot = tl.load(packs + (pack * HEADS + tl.arange(0, HEADS)) * 3)
     out = (batch * n_credits + slot).to(tl.int64)
     chooses = (slot >= 0) & (slot < n_credits)
@@ -76,14 +78,14 @@ def spread_sums(  # type: ignore[no-untyped-def]
     group_out = (batch * heads_out + group_slot).to(tl.int64) * n_tiles * GROUPS + of_group % GROUPS
     group_real = group_slot >= 0
     position = place[None, :]
-    start, stop = _bounds(kv_start, kv_stop, batch, kv_len, HAS_BOUNDS)
-    begin = chunk * chunk_tiles
-    end = tl.minimum(begin + chunk_tiles, tl.cdiv(kv_len, BLOCK_N))
     PLAIN: tl.constexpr = not (HAS_BOUNDS or HAS_PADDING or HAS_WINDOW)
-    low, middle, high = _reach(place, begin, end, start, kv_len, window, BLOCK_N, HAS_WINDOW, PLAIN)
-    _store_no_mass(
-        credit, by_tile, out, chooses, group_out, group_real, begin, low, kv_len, n_tiles, HEADS, BLOCK_N, GROUPS
+    start, stop, begin, end, low, middle, high = _chunk_reach(
+        place, kv_start, kv_stop, batch, chunk, chunk_tiles, kv_len, window, BLOCK_N, HAS_BOUNDS, HAS_WINDOW, PLAIN
     )
+    _store_no_mass(
+        credit, by_tile, out, chooses, group_out, group_real, begin, low, kv_len, n_tiles, HEADS, BLOCK_N, GROUPS,
+        HAS_CREDIT,
+    )  # fmt: skip
     for masked in tl.static_range(0 if PLAIN else 1, 2):
         for tile in tl.range(middle if masked else low, high if masked else middle):
             key = tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -94,14 +96,15 @@ def spread_sums(  # type: ignore[no-untyped-def]
             by_row = tl.sum(weights, 0)  # [M]
             by_group = tl.sum(tl.reshape(by_row, (HEADS * GROUPS, EACH)), 1)
             tl.store(by_tile + group_out + tile * GROUPS, by_group, mask=group_real)
-            credited = (key >= from_key)[:, None] & (key[:, None] < to_key)
-            total = tl.sum(tl.reshape(tl.where(credited, weights, 0.0), (BLOCK_N, HEADS, ROWS)), 2)
-            tl.store(
-                credit + out[None, :] * kv_len + key[:, None], total, mask=(key < kv_len)[:, None] & chooses[None, :]
-            )
+            if HAS_CREDIT:
+                credited = (key >= from_key)[:, None] & (key[:, None] < to_key)
+                total = tl.sum(tl.reshape(tl.where(credited, weights, 0.0), (BLOCK_N, HEADS, ROWS)), 2)
+                place_out = credit + out[None, :] * kv_len + key[:, None]
+                tl.store(place_out, total, mask=(key < kv_len)[:, None] & chooses[None, :])
     _store_no_mass(
-        credit, by_tile, out, chooses, group_out, group_real, high, end, kv_len, n_tiles, HEADS, BLOCK_N, GROUPS
-    )
+        credit, by_tile, out, chooses, group_out, group_real, high, end, kv_len, n_tiles, HEADS, BLOCK_N, GROUPS,
+        HAS_CREDIT,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=[
@@ -126,11 +129,10 @@ def spread_at_keys(  # type: ignore[no-untyped-def]
     head, kind = slot % q_heads, slot // q_heads
     row = tl.arange(0, ROWS)
     place = _row_positions(positions, packs, pack, batch, modalities, n_rows, HEADS)
-    queries = _queries(
-        q, head + tl.zeros([ROWS], tl.int32), place - q_offset, place >= 0, batch, stride_qb, stride_qh, stride_qm,
-        HEAD_DIM, BLOCK_D, UNIT,
+    _, queries, k = _pack_rows(
+        q, k, packs, pack, batch, place - q_offset, place >= 0, stride_qb, stride_qh, stride_qm, stride_kb, stride_kh,
+        group, HEADS, HEAD_DIM, BLOCK_D, UNIT,
     )  # fmt: skip
-    k += (batch * stride_kb + (head // group) * stride_kh) * UNIT
     normal = tl.load(log_sums + (batch * heads_out + slot) * ROWS + row)
     j = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     wanted = (batch * q_heads + head).to(tl.int64)
