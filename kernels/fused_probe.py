@@ -158,6 +158,14 @@ def _packs(heads: tuple[int, ...], group: int, size: int) -> tuple[int, ...]:
     return tuple(flat)
 
 
+def unit_strides(*tensors: Tensor) -> tuple[list[int], int]:
+    """Strides of the first three dimensions of each tensor, in units; and elements in a unit."""
+    # A dimension of one entry may have any stride.
+    strides = [s if n > 1 else 0 for t in tensors for n, s in zip(t.shape[:3], t.stride()[:3], strict=True)]
+    unit = 8 if all(s % 8 == 0 for s in strides) else 1
+    return [s // unit for s in strides], unit
+
+
 def shared_arguments(q: Tensor, k: Tensor, geometry: Geometry, scale: float, *, idle: Tensor) -> dict[str, Any]:
     """Arguments of every probe kernel, by name.
 
@@ -167,11 +175,9 @@ def shared_arguments(q: Tensor, k: Tensor, geometry: Geometry, scale: float, *, 
     g, device = geometry, q.device
     has_bounds = g.kv_start is not None or g.kv_stop is not None
     start, stop = bounds(g, device) if has_bounds else (idle, idle)
-    # A dimension of one entry may have any stride.
-    strides = [s if n > 1 else 0 for t in (q, k) for n, s in zip(t.shape[:3], t.stride()[:3], strict=True)]
-    unit = 8 if all(s % 8 == 0 for s in strides) else 1  # elements that row strides are multiples of
+    strides, unit = unit_strides(q, k)
     names = ("stride_qb", "stride_qh", "stride_qm", "stride_kb", "stride_kh", "stride_kn")
-    return dict(zip(names, (s // unit for s in strides), strict=True)) | {
+    return dict(zip(names, strides, strict=True)) | {
         "q": q,
         "k": k,
         "kv_start": start,

@@ -5,32 +5,27 @@ attention elsewhere. The guard takes rows from the whole prompt, computes their 
 it lies on the plan's pairs (``recall``) and how far the output is off (``error``). ``enforce`` turns heads that fall
 short into dense ones before the kernel runs.
 
-Cost: exact attention of ``R`` rows, a share ``2 R / N`` of dense causal attention, at the speed of plain PyTorch.
-Nothing waits for the device, and memory is bounded: a few rows of a few heads at a time.
+Cost: exact attention of ``R`` rows, a share ``2 R / N`` of dense causal attention. On a GPU kernels compute it
+(``exact_rows``), 64 rows at a time. Nothing waits for the device.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from mmi_compile.kernels.exact_rows import run_exact_rows
 from mmi_compile.kernels.frames import constant
 from mmi_compile.kernels.geometry import Geometry
 from mmi_compile.kernels.plan import Plan
-from mmi_compile.kernels.plan_rows import PlanRows
 from mmi_compile.kernels.planner import make_dense
-from mmi_compile.kernels.probe import LAST_Q, first_live_key, last_live_position, row_weights
+from mmi_compile.kernels.probe import LAST_Q, first_live_key, last_live_position
 
 GUARD_ROWS = 64
 """Rows that are looked at unless told otherwise."""
-
-CHUNK_BYTES = 64 << 20
-"""Scores of one head that are held at a time, which bounds the rows; one row at least is processed whole. How many
-heads go together is for ``row_weights`` to say."""
 
 _FINE = 1 << 20
 
@@ -105,7 +100,8 @@ def measure(
         geometry: that of the plan. scale: factor on the scores.
         rows: int64 ``[B, R]``, for example of ``guard_rows``.
 
-    Exact means float32 products and sums (float64 for float64 inputs) under the model's own mask.
+    Exact means float32 products and sums (float64 for float64 inputs) under the model's own mask; where kernels run,
+    see ``exact_rows``.
 
     Raises:
         ValueError: shapes that do not fit together, or a plan of another geometry.
@@ -113,32 +109,20 @@ def measure(
     _check(q, k, plan, geometry, rows)
     if v.shape[:3] != k.shape[:3] or out.shape[:3] != q.shape[:3]:
         raise ValueError(f"v {tuple(v.shape)} and out {tuple(out.shape)} must be as long as k and q")
-    off, norm, covered, total = _zeros(q, 4)
-    found, live = PlanRows.of(plan, rows), plan.geometry.live_keys(q.device)
-    for heads, some, kv_head, weights in _exact_rows(q, k, plan, scale, rows):
-        values = v[:, kv_head].to(weights.dtype)
-        if live is not None:  # whatever stands in padding, 0 times it must be 0
-            values = values.masked_fill(~live[..., None], 0.0)
-        exact = weights.flatten(1, 2) @ values  # [B, H * R, D]
-        index = rows[:, None, some, None].expand(-1, heads.stop - heads.start, -1, out.shape[-1])
-        given = out[:, heads].gather(2, index).flatten(1, 2).to(weights.dtype)
-        shape = (exact.shape[0], heads.stop - heads.start, -1)
-        off[:, heads] += (given - exact).square().view(shape).sum(-1)
-        norm[:, heads] += exact.square().view(shape).sum(-1)
-        _add_masses(covered[:, heads], total[:, heads], weights, found.mask(heads, some))
+    seen = run_exact_rows(q, k, v, plan, scale, rows)
+    exact = seen.outputs
+    assert exact is not None
+    given = out.gather(2, rows[:, None, :, None].expand(-1, out.shape[1], -1, out.shape[-1])).to(exact.dtype)
+    off, norm = (x.square().sum((-1, -2)) for x in (given - exact, exact))
     # Nothing to see and nothing written is no error; something written there is.
     nothing = torch.where(off > 0, torch.inf, off)
-    return GuardReading(torch.where(norm == 0, nothing, (off / norm).sqrt()), _share(covered, total), rows)
+    return GuardReading(torch.where(norm == 0, nothing, (off / norm).sqrt()), seen.recall, rows)
 
 
 def measure_recall(q: Tensor, k: Tensor, plan: Plan, geometry: Geometry, scale: float, rows: Tensor) -> Tensor:
     """``GuardReading.recall`` alone, before any kernel has run. Arguments as for ``measure``."""
     _check(q, k, plan, geometry, rows)
-    covered, total = _zeros(q, 2)
-    found = PlanRows.of(plan, rows)
-    for heads, some, _, weights in _exact_rows(q, k, plan, scale, rows):
-        _add_masses(covered[:, heads], total[:, heads], weights, found.mask(heads, some))
-    return _share(covered, total)
+    return run_exact_rows(q, k, None, plan, scale, rows).recall
 
 
 def enforce(
@@ -175,36 +159,3 @@ def _check(q: Tensor, k: Tensor, plan: Plan, geometry: Geometry, rows: Tensor) -
 
 def _lengths(geometry: Geometry) -> dict[str, int]:
     return {name: x for name, x in vars(geometry).items() if isinstance(x, int)}
-
-
-def _zeros(q: Tensor, count: int) -> tuple[Tensor, ...]:
-    return torch.zeros(count, *q.shape[:2], dtype=_work_dtype(q), device=q.device).unbind(0)
-
-
-def _work_dtype(q: Tensor) -> torch.dtype:
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
-
-
-def _exact_rows(
-    q: Tensor, k: Tensor, plan: Plan, scale: float, rows: Tensor
-) -> Iterator[tuple[slice, slice, int, Tensor]]:
-    """Some heads, some rows, their key head, and exact probabilities ``[B, H, R, kv_len]``; dead rows are zeros."""
-    g, work = plan.geometry, _work_dtype(q)
-    if not q.numel() or not k.numel():
-        return
-    room = max(1, CHUNK_BYTES // (g.batch * g.kv_len * work.itemsize))
-    at_once = max(1, min(room, rows.shape[1]))
-    for first in range(0, rows.shape[1], at_once):
-        some = slice(first, min(first + at_once, rows.shape[1]))
-        for heads, weights in row_weights(q, k, g, scale, list(range(g.q_heads)), rows[:, some]):
-            yield slice(heads[0], heads[-1] + 1), some, heads[0] // g.group, weights
-
-
-def _add_masses(covered: Tensor, total: Tensor, weights: Tensor, kept: Tensor) -> None:
-    """Add the kept and the whole probability of some rows, ``weights [B, H, R, kv_len]``, to ``[B, H]`` each."""
-    total += weights.sum((-1, -2))
-    covered += torch.where(kept, weights, 0.0).sum((-1, -2))
-
-
-def _share(covered: Tensor, total: Tensor) -> Tensor:
-    return torch.where(total == 0, 1.0, covered / total)

@@ -379,6 +379,19 @@ class PackedRows:
         given = self.arguments() | extra | {"packs": constant(packs, self.q.device), "n_packs": n_packs}
         _launch(name, given, self.q, (self.geometry.batch * n_packs, -(-keys // tile.block_n)), tile)
 
+    def launch_partial(self, name: str, tile: PassTile, programs: int, extra: dict[str, Any], *, width: int) -> Tensor:
+        """One pass over the keys, by about ``programs`` programs.
+
+        Returns:
+            What each chunk of keys gave, ``outputs`` of the kernel: float ``[B, entries, chunks, 64, width]``.
+        """
+        chunks = self._chunked(tile, programs)
+        shape = (self.geometry.batch, len(self.entries), chunks["n_chunks"], _ROWS, width)
+        outputs = torch.empty(shape, device=self.q.device)
+        given = self.arguments() | extra | chunks | {"outputs": outputs}
+        _launch(name, given, self.q, (self.geometry.batch * chunks["n_packs"], chunks["n_chunks"]), tile)
+        return outputs
+
     def _wanted(self) -> tuple[tuple[int, int, int], ...]:
         return tuple((slot, head, kind) for slot, (kind, head) in enumerate(self.entries))
 
@@ -460,9 +473,10 @@ def _packs(
 
 
 def _launch(name: str, arguments: dict[str, Any], on: Tensor, grid: tuple[int, ...], tile: PassTile) -> None:
-    from mmi_compile.kernels import modality_probe_kernels, spread_probe_kernels
+    from mmi_compile.kernels import exact_rows_kernels, modality_probe_kernels, spread_probe_kernels
 
-    kernel = getattr(spread_probe_kernels if name.startswith("spread") else modality_probe_kernels, name)
+    modules = {"exact": exact_rows_kernels, "modality": modality_probe_kernels, "spread": spread_probe_kernels}
+    kernel = getattr(modules[name.split("_")[0]], name)
     given = arguments | {"HEADS": tile.heads, "BLOCK_N": tile.block_n}
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     with on_device(on):
@@ -503,7 +517,7 @@ _INT_POINTERS = frozenset({
     "credit_stop", "keys",
 })  # fmt: skip
 _FLOAT_POINTERS = frozenset({
-    "row_max", "row_sum", "log_sums", "columns", "distances", "credit", "by_tile", "mass"
+    "row_max", "row_sum", "log_sums", "columns", "distances", "credit", "by_tile", "mass", "outputs"
 })  # fmt: skip
 
 
@@ -511,5 +525,5 @@ def argument_type(argument: str, dtype: str) -> str:
     """The type of a kernel's argument, for ahead-of-time compilation; ``dtype`` is that of q and k."""
     if argument in _FLOAT_POINTERS or argument in _INT_POINTERS:
         return "*fp32" if argument in _FLOAT_POINTERS else "*i32"
-    known = {"q": f"*{dtype}", "k": f"*{dtype}", "key_padding": "*u8", "scale": "fp32"}
+    known = {"q": f"*{dtype}", "k": f"*{dtype}", "v": f"*{dtype}", "key_padding": "*u8", "scale": "fp32"}
     return known.get(argument, "i64" if argument.startswith("stride_") else "i32")

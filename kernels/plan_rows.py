@@ -46,7 +46,7 @@ class PlanRows:
     def mask(self, heads: slice, rows: slice) -> Tensor:
         """Keys of some heads and some of the rows, bool ``[B, H, R, kv_len]``."""
         plan, g = self.plan, self.plan.geometry
-        record = TileRecord(*self.records[:, heads, rows].unbind(-1))
+        record = self._record(heads, rows)
         visited = _visited_blocks(plan, record, heads)
         in_order = (visited & (record.grouped == 0)[..., None]).any(3)
         keep = in_order[..., ramp(g.kv_len, in_order.device, dtype=torch.int64) // plan.block_n]
@@ -55,6 +55,18 @@ class PlanRows:
             keep |= grouped.gather(-1, self.block_of_key[:, None, None].expand_as(keep))
         keep = _with_columns(keep, plan.columns[:, heads], record)
         return keep & visible_keys(g, self.rows[:, rows])[:, None]
+
+    def blocks(self, heads: slice) -> Tensor:
+        """Key blocks of windows, sinks and lists of some heads, bool ``[B, H, R, key_blocks]``, where no region is
+        grouped: keys that the model hides from a row are among them."""
+        return _visited_blocks(self.plan, self._record(heads, slice(None)), heads).any(3)[..., :-1]
+
+    def columns(self, heads: slice) -> Tensor:
+        """Which entries of ``plan.columns`` the rows of some heads use, bool ``[B, H, R, MAX_COLUMNS]``."""
+        return _used_columns(self.plan.columns.shape[-1], self._record(heads, slice(None))).any(3)
+
+    def _record(self, heads: slice, rows: slice) -> TileRecord:
+        return TileRecord(*self.records[:, heads, rows].unbind(-1))
 
 
 def _tiles_of_rows(plan: Plan, rows: Tensor) -> Tensor:
@@ -94,13 +106,18 @@ def _visited_blocks(plan: Plan, record: TileRecord, heads: slice) -> Tensor:
     return visited & (n < plan.key_blocks)
 
 
+def _used_columns(count: int, record: TileRecord) -> Tensor:
+    """Columns in use, bool ``[B, H, R, regions, count]``."""
+    slot, start = ramp(count, record.column_start.device), record.column_start[..., None]
+    return (slot >= start) & (slot < start + record.num_columns[..., None])
+
+
 def _with_columns(keep: Tensor, columns: Tensor, record: TileRecord) -> Tensor:
     """``keep [B, H, R, kv_len]`` and the columns in use."""
     if not columns.shape[-1]:
         return keep
-    kv_len, slot = keep.shape[-1], ramp(columns.shape[-1], keep.device)
+    kv_len = keep.shape[-1]
     keep = torch.nn.functional.pad(keep, (0, 1))
-    for start, count in zip(record.column_start.unbind(-1), record.num_columns.unbind(-1), strict=True):
-        used = (slot >= start[..., None]) & (slot < (start + count)[..., None])
+    for used in _used_columns(columns.shape[-1], record).unbind(3):
         keep.scatter_(-1, torch.where(used, columns[:, :, None], kv_len).long(), True)
     return keep[..., :-1]

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmi_compile.kernels import guard
+from mmi_compile.kernels import exact_rows
 from mmi_compile.kernels.adaptive import adaptive_plan
 from mmi_compile.kernels.boundaries import build_bounded_plan
 from mmi_compile.kernels.cpu import attention_cpu
@@ -87,7 +87,7 @@ def test_row_mask_of_planned_boundaries() -> None:
 @pytest.fixture(params=[1, 3000, 1 << 30])
 def chunk_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """One row at a time, some of them, and everything at once."""
-    monkeypatch.setattr(guard, "CHUNK_BYTES", request.param)
+    monkeypatch.setattr(exact_rows, "CHUNK_BYTES", request.param)
     return int(request.param)
 
 
