@@ -41,6 +41,7 @@ def main(
     boundaries: Annotated[
         list[str] | None, typer.Option(help="Some of none, q and 2d, with commas; repeatable [none,q,2d].")
     ] = None,
+    weigh: Annotated[str, typer.Option(help="How much errors count: layers, heads or equal.")] = "layers",
     tail: Annotated[bool, typer.Option(help="Keep every key for the last 64 rows, which hold the questions.")] = True,
     tiles: Annotated[str, typer.Option(help="Rows and keys of a tile.")] = "32,32",
     device: Annotated[str, typer.Option(help="cpu in float32, or cuda in bfloat16.")] = "cpu",
@@ -65,7 +66,7 @@ def main(
                 for share in budget or [0.1, 0.15]:
                     config = mmi_compile.search(
                         model, [_inputs(prompt) for prompt in known], budget=share, unit="tiles",
-                        boundaries=names.split(","), dense_tail=tail, resume=kept,
+                        boundaries=names.split(","), weigh=weigh, dense_tail=tail, resume=kept,
                     )  # fmt: skip
                     name = f"{names}, budget {share:g}"
                     if output is not None:

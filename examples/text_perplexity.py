@@ -187,6 +187,9 @@ def main(
     tokens: Annotated[int, typer.Option(help="Tokens of each chapter; the model was trained on 8 K.", min=64)] = 8192,
     chapter_count: Annotated[int, typer.Option("--chapters", help="The longest chapters.", min=1)] = 3,
     search: Annotated[list[float] | None, typer.Option(help="Density of searched heads; repeatable.")] = None,
+    weigh: Annotated[
+        str, typer.Option(help="How much errors of searched heads count: layers, heads, equal.")
+    ] = "layers",
     device: Annotated[str, typer.Option(help="cpu in float32, or cuda in bfloat16.")] = "cpu",
     threads: Annotated[int, typer.Option(help="Threads of PyTorch; 0 for its own number.", min=0)] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows there as well.")] = None,
@@ -202,7 +205,7 @@ def main(
         title = f"Python {platform.python_version()} reference: {', '.join(texts)} (digest {digest(texts.values())})"
         model = on_device(model, device)
         texts = {name: ids.to(device) for name, ids in texts.items()}
-        policies += [searched(model, known.to(device), share) for share in search or [] if known is not None]
+        policies += [searched(model, known.to(device), share, weigh) for share in search or [] if known is not None]
         rows = run(model, policies, match or [], texts)
     except (MissingPackage, ValueError, mmi_compile.MMIError) as error:
         print(error, file=sys.stderr)
@@ -213,9 +216,10 @@ def main(
         json_file.write_text(json.dumps(data, indent=2) + "\n")
 
 
-def searched(model: Any, ids: Tensor, density: float) -> Policy:
+def searched(model: Any, ids: Tensor, density: float, weigh: Any) -> Policy:
     """The config that head search finds on a text for a density."""
-    config = mmi_compile.search(model, {"input_ids": ids, "use_cache": False}, budget=density, unit="tiles")
+    inputs = {"input_ids": ids, "use_cache": False}
+    config = mmi_compile.search(model, inputs, budget=density, unit="tiles", weigh=weigh)
     return Policy(f"searched, budget {density:g}", "config", config=config)
 
 

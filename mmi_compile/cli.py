@@ -251,6 +251,9 @@ def search(
     boundaries: Annotated[str, typer.Option(help="Some of none, q and 2d, with commas.")] = "none,q,2d",
     rows: Annotated[str, typer.Option(help="Rows that errors are measured on: all, last or both.")] = "both",
     merge: Annotated[str, typer.Option(help="Errors of several prompts: their mean or their max.")] = "mean",
+    weigh: Annotated[
+        str, typer.Option(help="Errors count by what layers, or heads, change in the output, or all equal.")
+    ] = "layers",
     resume: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Keep measurements there, and go on from them [FILE.partial].")
     ] = None,
@@ -266,7 +269,7 @@ def search(
     _needs_weights(script)
     model, inputs = _built(script)
     partial = resume or output.with_name(f"{output.name}.partial")
-    chosen: dict[str, Any] = {"mode": mode, "unit": unit, "rows": rows, "merge": merge}
+    chosen: dict[str, Any] = {"mode": mode, "unit": unit, "rows": rows, "merge": merge, "weigh": weigh}
     try:
         config = run_search(
             model,

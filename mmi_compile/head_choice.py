@@ -127,9 +127,29 @@ def choose(layers: Sequence[LayerResult], budget: float, *, mode: Mode = "share"
         tuple(layers[layer].heads[h][picked[layer, h]] for h in range(len(layers[layer].heads)))
         for layer in range(len(layers))
     )
-    flat = [(layers[layer].weights[h], heads[layer][h]) for layer, h in curves]
-    count = max(1, len(flat))
-    return Choice(heads, sum(s.cost for _, s in flat) / count, math.sqrt(sum(w * s.error**2 for w, s in flat) / count))
+    return _choice(heads, layers)
+
+
+def _choice(heads: Sequence[Sequence[Scored]], layers: Sequence[LayerResult]) -> Choice:
+    flat = [(w, s) for row, layer in zip(heads, layers, strict=True) for s, w in zip(row, layer.weights, strict=True)]
+    count, error = max(1, len(flat)), sum(w * s.error**2 for w, s in flat)
+    return Choice(tuple(map(tuple, heads)), sum(s.cost for _, s in flat) / count, math.sqrt(error / count))
+
+
+def choose_uniform(
+    options: Sequence[Sequence[Sequence[Scored]]], layers: Sequence[LayerResult], budget: float, *, mode: Mode = "share"
+) -> Choice | None:
+    """The best of ``options``, ``[P][layers][heads]``, that the budget allows; None where it allows none.
+
+    Args:
+        layers: whose weights count. budget, mode: see :func:`choose`.
+    """
+    choices = [_choice(heads, layers) for heads in options]
+    fits = [
+        c for c in choices
+        if (max(s.cost for row in c.heads for s in row) if mode == "equal" else c.cost) <= budget
+    ]  # fmt: skip
+    return min(fits, key=lambda c: c.error, default=None)
 
 
 def _equal(

@@ -141,9 +141,7 @@ class Prompt:
 
     @cached_property
     def segments(self) -> Segments | None:
-        if len(self.x.labels) < 2 or self.x.ids is None:
-            return None
-        return segment(self.x.ids, self.x.labels, self.x.geometry, self.tiles)
+        return _segments(self.x, self.tiles)
 
     @cached_property
     def member(self) -> Tensor:
@@ -194,12 +192,7 @@ class Prompt:
         return float(self.how.costs.coefficients.seconds(self.dense_work, calls=0))
 
     def plan(self, heads: Sequence[HeadPattern]) -> Plan:
-        x = self.x
-        if self.segments is not None and any(isinstance(p, ByModality) for p in heads):
-            plan = build_bounded_plan(heads, x.q, x.k, x.geometry, x.scale, self.tiles, self.segments)
-        else:
-            plan = build_plan([_plain(p) for p in heads], x.q, x.k, x.geometry, x.scale, self.tiles)
-        return keep_tail(plan) if self.how.dense_tail else plan
+        return _plan(self.x, heads, self.tiles, lambda: self.segments, dense_tail=self.how.dense_tail)
 
     def measure(self, heads: Sequence[HeadPattern], region: int | None = None) -> Measured:
         """Plan and run.
@@ -239,7 +232,7 @@ class Prompt:
         """Squared relative error by query modality, float64 ``[HQ, M]``; the sum over modalities is the head's."""
         everything, last = (part.clamp(min=0) for part in sums.split(self.groups, -1))
         whole, end = (part.sum(-1, keepdim=True).clamp(min=1e-30) for part in self.full.split(self.groups, -1))
-        share = {"all": 1.0, "last": 0.0, "both": 0.5}[self.how.rows]
+        share = share_of_all(self.how.rows)
         found: Tensor = share * everything / whole + (1 - share) * last / end
         return found
 
@@ -285,6 +278,40 @@ class Prompt:
         member = self.member[:, self.recall_rows, : self.groups].double()  # [B, R, M]
         share = (mass.double() / total.double().clamp(min=1e-12)).clamp(max=1.0)
         return ((share[..., None] * member[:, None]).sum((0, 2)) / member.sum().clamp(min=1.0)).cpu()
+
+
+def share_of_all(rows: Rows) -> float:
+    """Weight of the error over all rows; that over the last ones has the rest."""
+    return {"all": 1.0, "last": 0.0, "both": 0.5}[rows]
+
+
+def run_heads(x: LayerInput, heads: Sequence[HeadPattern], *, dense_tail: bool) -> Tensor:
+    """The attention ``[B, HQ, q_len, D]`` under one pattern for each query head."""
+    family = kernel_families(x.q.device, x.q.dtype, x.q.shape[-1])[0]
+    plan = _plan(x, heads, family.tiles, lambda: _segments(x, family.tiles), dense_tail=dense_tail)
+    return family.run(x.q, x.k, x.v, plan, x.scale, torch.empty_like(x.q))
+
+
+def _segments(x: LayerInput, tiles: TileShape) -> Segments | None:
+    if len(x.labels) < 2 or x.ids is None:
+        return None
+    return segment(x.ids, x.labels, x.geometry, tiles)
+
+
+def _plan(
+    x: LayerInput,
+    heads: Sequence[HeadPattern],
+    tiles: TileShape,
+    segments: Callable[[], Segments | None],
+    *,
+    dense_tail: bool,
+) -> Plan:
+    grouped = segments() if any(isinstance(p, ByModality) for p in heads) else None
+    if grouped is not None:
+        plan = build_bounded_plan(heads, x.q, x.k, x.geometry, x.scale, tiles, grouped)
+    else:
+        plan = build_plan([_plain(p) for p in heads], x.q, x.k, x.geometry, x.scale, tiles)
+    return keep_tail(plan) if dense_tail else plan
 
 
 def _live_rows(g: Geometry, device: torch.device) -> Tensor:

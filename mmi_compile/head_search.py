@@ -135,8 +135,8 @@ class Candidates:
 
 
 _VERTICAL_SLASH = (
-    (16, 32), (64, 64), (64, 256), (256, 64), (256, 256), (500, 700), (1000, 128), (1000, 1024), (2000, 512),
-    (3500, 200),
+    (16, 8), (16, 32), (32, 16), (64, 32), (64, 64), (128, 64), (64, 256), (256, 64), (256, 256), (500, 700),
+    (1000, 128), (1000, 1024), (2000, 512), (3500, 200),
 )  # fmt: skip
 
 
@@ -296,6 +296,10 @@ class Searcher:
         if self.merge == "max" and mean.numel():
             mean[..., 0] = parts[..., 0].amax(0)
         return mean
+
+    def uniform(self, survey: Survey) -> list[list[Scored]]:
+        """Each plain candidate for all heads, ``[P][HQ]``."""
+        return [[_scored(p, row) for row in rows] for p, rows in zip(self.candidates.plain, survey.plain, strict=False)]
 
     def result(
         self, survey: Survey, combinations: Sequence[Sequence[ByModality]], measured: Tensor, labels: tuple[int, ...]

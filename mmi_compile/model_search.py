@@ -13,9 +13,10 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from functools import cached_property
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -26,12 +27,13 @@ from mmi_compile.cost_file import cost_model, tile_counts
 from mmi_compile.decision import NO_PREFILL, Reason
 from mmi_compile.environment import versions
 from mmi_compile.frontend import for_once
-from mmi_compile.head_choice import Choice, LayerResult, Mode, Scored, choose
+from mmi_compile.head_choice import Choice, LayerResult, Mode, Scored, choose, choose_uniform
 from mmi_compile.head_config import Fingerprint, HeadConfig, HeadEntry, Provenance
-from mmi_compile.head_measure import HeadSearchError, LayerInput, Measuring, Rows
+from mmi_compile.head_measure import HeadSearchError, LayerInput, Measuring, Rows, run_heads
 from mmi_compile.head_search import BOUNDARIES, Candidates, Merge, Searcher, Survey, pack, unpack
 from mmi_compile.kernels.patterns import Dense
 from mmi_compile.options import Options
+from mmi_compile.output_error import Heads, OutputError, Shown, Weigh, best, weighed
 from mmi_compile.prompt_hook import PromptHook
 from mmi_compile.record import LABELS
 from mmi_compile.report import GraphReport
@@ -43,6 +45,7 @@ Unit: TypeAlias = Literal["time", "tiles"]
 
 _WORDS = {
     "mode": ("share", "equal"), "unit": ("time", "tiles"), "rows": ("all", "last", "both"), "merge": ("mean", "max"),
+    "weigh": ("equal", "layers", "heads"),
 }  # fmt: skip
 
 ROWS_AT_MOST = {"cuda": 32768, "cpu": 1024}
@@ -61,6 +64,7 @@ def search(
     strides: Sequence[int] | None = None,
     rows: Rows = "both",
     merge: Merge = "mean",
+    weigh: Weigh = "layers",
     rows_at_most: int | None = None,
     dense_tail: bool = True,
     resume: str | os.PathLike[str] | None = None,
@@ -80,10 +84,16 @@ def search(
         strides: of grids, in tokens; None for those of the prompt's images and videos, where their grids are known.
         rows: ``"all"`` rows count alike, or only the ``"last"`` ones of a prompt, or ``"both"`` in equal parts.
         merge: the error of several prompts is their ``"mean"`` or their ``"max"``.
+        weigh: how much errors count. ``"layers"``: as much as the model's output changes when that layer alone is
+            sparse, one more forward a layer and prompt, on two prompts at most; of what the budget then gives, of what
+            it gives where all layers count alike, and of the best single pattern, the one that changes the output
+            least is taken. ``"heads"``: the same with a forward for each head. ``"equal"``: all layers alike, no
+            forwards. Output means logits, or else the first tensor ``[B, N, C]``; where a forward returns neither,
+            layers count alike.
         rows_at_most: query rows that candidates are run on; None for a number that suits the device.
         dense_tail: plan as the option of that name makes plans at run time.
         resume: a file for what has been measured. If it exists, the search goes on from it. It stays when the search
-            is done: with it, another budget or mode takes seconds.
+            is done: with it, another budget or mode takes no more than the forwards of ``weigh``.
         progress: show a bar with the time left, on a terminal.
 
     Returns:
@@ -95,7 +105,7 @@ def search(
         ValueError: an argument is out of range.
     """
     prompts = [inputs] if isinstance(inputs, Mapping) else list(inputs)
-    _check(model, prompts, budget, {"mode": mode, "unit": unit, "rows": rows, "merge": merge})
+    _check(model, prompts, budget, {"mode": mode, "unit": unit, "rows": rows, "merge": merge, "weigh": weigh})
     settings = {
         "unit": unit,
         "rows": rows, "merge": merge, "rows_at_most": rows_at_most, "dense_tail": dense_tail,
@@ -103,11 +113,10 @@ def search(
         "candidates": None if candidates is None else repr(candidates),
     }  # fmt: skip
     store = SearchStore.open(resume, _digest(model, prompts, settings))
-    with _bar(progress) as on_layer:
-        run = _Run(model, prompts, settings, candidates, store, on_layer)
+    with _bar(progress) as on_layer, ExitStack() as stack:
+        run = _Run(model, prompts, settings, candidates, store, on_layer, stack)
         run.measure()
-    layers = run.results()
-    choice = choose(layers, budget, mode=mode)
+        choice = run.choice(budget, mode, weigh)
     return run.config(choice, budget)
 
 
@@ -142,6 +151,7 @@ class _Run:
 
     Attributes:
         on_layer: told (done, total or None, words) before every layer.
+        stack: closed when the model has run for the last time.
         labels: modality ids that are told apart, and what all prompts call them. passes: forwards that are done.
     """
 
@@ -151,31 +161,36 @@ class _Run:
     candidates: Candidates | None
     store: SearchStore
     on_layer: Callable[[int, int | None, str], None]
+    stack: ExitStack = field(default_factory=ExitStack)
     searcher: Searcher | None = None
     labels: tuple[int, ...] = ()
     names: dict[int, str] = field(default_factory=dict)
     passes: int = 0
+
+    @cached_property
+    def _observable(self) -> tuple[Forward, list[GraphReport]]:
+        return self.stack.enter_context(_observable(self.model))
 
     def measure(self) -> None:
         """All forwards that are still needed."""
         store, alone = self.store, len(self.prompts) == 1
         if store.finished:
             return
-        with _observable(self.model) as (forward, graphs):
-            if not alone:
-                for prompt in self.prompts:
-                    forward(prompt, self._peek, may_stop=True)
+        forward, graphs = self._observable
+        if not alone:
+            for prompt in self.prompts:
+                forward(prompt, self._peek, may_stop=True)
+        for number, prompt in enumerate(self.prompts):
+            if not store.complete("survey", number):
+                self._count(forward(prompt, self._on_each(number, prompt, self._survey)).attentions, number)
+                store.left_out = left_alone(graphs)
+                store.write()
+            self.passes += 1
+        if not alone:
             for number, prompt in enumerate(self.prompts):
-                if not store.complete("survey", number):
-                    self._count(forward(prompt, self._on_each(number, prompt, self._survey)), number)
-                    store.left_out = left_alone(graphs)
-                    store.write()
+                if not store.complete("combinations", number):
+                    forward(prompt, self._on_each(number, prompt, self._combine))
                 self.passes += 1
-            if not alone:
-                for number, prompt in enumerate(self.prompts):
-                    if not store.complete("combinations", number):
-                        forward(prompt, self._on_each(number, prompt, self._combine))
-                    self.passes += 1
         store.finished = True
         store.write()
 
@@ -281,6 +296,53 @@ class _Run:
             found.append(searcher.result(survey, searcher.combinations(survey, self.labels), measured, self.labels))
         return found
 
+    def choice(self, budget: float, mode: Mode, weigh: Weigh) -> Choice:
+        """What the heads run under a budget."""
+        layers = self.results()
+        alike = choose(layers, budget, mode=mode)
+        if weigh == "equal":
+            return alike
+        store, most = self.store, self.settings["merge"] == "max"
+
+        def keep(name: str, number: int, value: float) -> None:
+            store.put(f"output {name}", number, 0, value)
+
+        def known(name: str, number: int) -> float | None:
+            kind = f"output {name}"
+            return float(store.get(kind, number, 0)) if store.has(kind, number, 0) else None
+
+        output = OutputError(self._run_under, len(self.prompts), known, keep)
+        try:
+            again = weighed(layers, budget, output, weigh)
+            uniform = choose_uniform(self._uniform(), again, budget, mode=mode)
+            choices = [choose(again, budget, mode=mode), alike, uniform]
+            return best([choice for choice in choices if choice is not None], output, most=most)
+        finally:
+            store.write()
+
+    def _uniform(self) -> list[list[list[Scored]]]:
+        """Each plain candidate in all heads, ``[P][layers][heads]``."""
+        searcher = self.searcher or self.store.searcher()
+        by_layer = [searcher.uniform(self._merged(place, searcher)) for place in range(self.store.count or 0)]
+        return [list(layers) for layers in zip(*by_layer, strict=True)]
+
+    def _run_under(self, number: int, heads: Heads) -> Shown | None:
+        """The output for a prompt where some attentions are sparse."""
+        prompt, tail = self.prompts[number], self.settings["dense_tail"]
+
+        def sparse(place: int, call: AttentionCall) -> Tensor | None:
+            if place not in heads:
+                return None
+            x = LayerInput(call.q, call.k, call.v, call.geometry, call.scale, call.modality, self.labels)
+            return run_heads(x, heads[place], dense_tail=tail)
+
+        places = f"layer {min(heads) + 1} alone" if len(heads) == 1 else "the whole model"
+        self.on_layer(min(heads, default=0), self.store.count, f"output, {places}")
+        forward, _ = self._observable
+        mask = prompt.get("attention_mask")
+        shown = forward(prompt, sparse).output
+        return Shown.of(shown, mask if isinstance(mask, Tensor) else None, self.settings["rows"])
+
     def config(self, choice: Choice, budget: float) -> HeadConfig:
         """The config of what was chosen."""
         facts = [self.store.facts[str(place)] for place in range(len(choice.heads))]
@@ -320,14 +382,21 @@ def _name(label: int, names: Mapping[int, str]) -> str:
     return names.get(label) or (LABELS[label] if label < len(LABELS) else f"modality {label}")
 
 
-Forward = Callable[..., int]
+class Ran(NamedTuple):
+    """How many attentions a forward had, and what it returned; None where it was stopped."""
+
+    attentions: int
+    output: Any
+
+
+Forward: TypeAlias = Callable[..., Ran]
 
 
 @contextmanager
 def _observable(model: nn.Module) -> Iterator[tuple[Forward, list[GraphReport]]]:
     """A function ``forward(prompt, on_call, may_stop=False)`` that runs the model once and shows ``on_call`` each
-    attention with its place in the forward; it returns how many there were. And the graphs so far. The model is
-    compiled apart from whatever the user has compiled.
+    attention with its place in the forward; what ``on_call`` returns, if anything, is the attention's output. And the
+    graphs so far. The model is compiled apart from whatever the user has compiled.
 
     ``forward`` raises HeadSearchError where no attention could be shown, and says why.
     """
@@ -340,25 +409,25 @@ def _observable(model: nn.Module) -> Iterator[tuple[Forward, list[GraphReport]]]
     with torch.no_grad(), for_once(model, backend) as compiled:
 
         def forward(
-            prompt: Mapping[str, Any], on_call: Callable[[int, AttentionCall], None], *, may_stop: bool = False
-        ) -> int:
-            seen = 0
+            prompt: Mapping[str, Any], on_call: Callable[[int, AttentionCall], Tensor | None], *, may_stop: bool = False
+        ) -> Ran:
+            seen, output = 0, None
 
-            def observe(call: AttentionCall) -> None:
+            def observe(call: AttentionCall) -> Tensor | None:
                 nonlocal seen
                 seen += 1
-                on_call(seen - 1, call)
+                return on_call(seen - 1, call)
 
             known = PromptHook(model).read((), prompt)
             try:
                 with record.hooked(known), runtime.observing_attention(observe):
-                    compiled(**prompt)
+                    output = compiled(**prompt)
             except _Enough:
                 if not may_stop:
                     raise
             if not seen:
                 raise HeadSearchError(f"no attention of this model was rewritten{_why(graphs)}")
-            return seen
+            return Ran(seen, output)
 
         yield forward, graphs
 

@@ -24,12 +24,22 @@ SCHEMA = {"name": "mmi-search", "version": 1}
 """Goes into every file of measurements. The version rises when a measurement changes its meaning."""
 
 
+def _check(name: str, part: Any) -> None:
+    if name.startswith("survey"):
+        Survey.from_json(part)
+    elif name.startswith("output"):
+        float(part)
+    else:
+        unpack(part)
+
+
 @dataclass
 class SearchStore:
     """Measurements of one search, on disk after every layer where there is a path.
 
     Attributes:
-        digest: of model, prompts and settings. parts: ``"kind:prompt:place"`` → JSON.
+        digest: of model, prompts and settings. parts: ``"kind:prompt:place"`` → JSON. Kinds are survey, combinations
+            and, for a place of 0, ``output`` with a name of what ran.
         facts: place → layer number, shape, tokens. count: attentions in a forward, once known.
         setup: what the first attention decided: candidates, costs, modalities.
         left_out: whether the model has attention that was not rewritten.
@@ -65,7 +75,7 @@ class SearchStore:
                 raise ValueError(f"is no file of measurements of version {SCHEMA['version']}")
             found = cls(target, data["digest"], **{name: data[name] for name in cls._KEPT})
             for name, part in found.parts.items():
-                _ = Survey.from_json(part) if name.startswith("survey") else unpack(part)
+                _check(name, part)
         except FileNotFoundError:
             return cls(target, digest)
         except (OSError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:

@@ -220,14 +220,26 @@ def test_an_interrupted_search_goes_on_where_it_was(
 def test_another_budget_needs_no_new_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = built()
     path = tmp_path / "partial"
-    searched(model, inputs, resume=path)
-    equal = undated(searched(model, inputs, budget=0.99, mode="equal"))
+    searched(model, inputs, resume=path, weigh="equal")
+    equal = undated(searched(model, inputs, budget=0.99, mode="equal", weigh="equal"))
 
     def refuse(*arguments: Any) -> None:
         raise AssertionError("the model ran again")
 
     monkeypatch.setattr(Layers, "forward", refuse)
-    assert undated(searched(model, inputs, budget=0.99, mode="equal", resume=path)) == equal
+    assert undated(searched(model, inputs, budget=0.99, mode="equal", weigh="equal", resume=path)) == equal
+
+
+def test_a_search_that_is_done_does_not_run_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = built(tokens=1536)
+    settings: dict[str, Any] = {"budget": 0.5, "unit": "tiles", "resume": tmp_path / "partial"}
+    found = undated(searched(model, inputs, **settings))
+
+    def refuse(*arguments: Any) -> None:
+        raise AssertionError("the model ran again")
+
+    monkeypatch.setattr(Layers, "forward", refuse)
+    assert undated(searched(model, inputs, **settings)) == found
 
 
 def test_a_file_of_another_search_is_refused(tmp_path: Path) -> None:
@@ -321,6 +333,7 @@ def test_a_budget_that_cannot_be_met_leaves_the_measurements(tmp_path: Path) -> 
         ({"unit": "joules"}, "unit 'joules': give one of time, tiles"),
         ({"rows": "some"}, "rows 'some': give one of all, last, both"),
         ({"merge": "sum"}, "merge 'sum': give one of mean, max"),
+        ({"weigh": "rows"}, "weigh 'rows': give one of equal, layers, heads"),
         ({"candidates": None, "boundaries": ("3d",)}, "boundary '3d'"),
     ],
 )
