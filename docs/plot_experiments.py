@@ -34,8 +34,9 @@ def needles(pages: list[list[Row]]) -> Points:
     """Tokens right of *time* at 168 frames, by method."""
     adaptive, same, searched = pages[1], pages[2], pages[3]
     found: Points = {"adaptive": [_needle(row) for row in adaptive if row["policy"].startswith("adaptive")]}
-    found["searched, no boundaries"] = [_needle(row) for row in searched if row["boundaries"] == "none"]
-    found["searched, with q and 2d"] = [_needle(row) for row in searched if row["boundaries"] != "none"]
+    found["searched, no boundaries, weighed"] = [_needle(row) for row in searched if row["boundaries"] == "none"]
+    bounded = [row for row in searched if row["boundaries"] != "none" and row["weigh"] == "equal"]
+    found["searched, with q and 2d, not weighed"] = [_needle(row) for row in bounded]
     found["one vertical_slash for all"] = [_needle(row) for row in same if row["frames"] == "168"]
     return found
 

@@ -120,6 +120,7 @@ def main() -> None:
     parser.add_argument("--random", action="store_true", help="plant nothing: no head has a pattern to find")
     parser.add_argument("--model", default="qwen", choices=["qwen", "mistral"], help="whose shape; mistral: --random")
     parser.add_argument("--search", type=float, metavar="BUDGET", help="time a head search for this budget instead")
+    parser.add_argument("--weigh", default="layers", choices=["equal", "layers", "heads"], help="of that search")
     parser.add_argument("--json", help="write the figures to this file")
     parser.add_argument("--report", action="store_true", help="print the report of each compiled variant")
     args = parser.parse_args()
@@ -133,7 +134,7 @@ def main() -> None:
     if not args.random:
         embeddings = mark(embeddings)
     if args.search is not None:
-        search(build(args.layers, not args.random, args.model), embeddings, args.search)
+        search(build(args.layers, not args.random, args.model), embeddings, args.search, args.weigh)
         return
     rows: dict[str, dict[str, float]] = {}
     reference: torch.Tensor | None = None
@@ -170,13 +171,14 @@ def main() -> None:
         Path(args.json).write_text(json.dumps(figures, indent=1))
 
 
-def search(model: torch.nn.Module, embeddings: torch.Tensor, budget: float) -> None:
+def search(model: torch.nn.Module, embeddings: torch.Tensor, budget: float, weigh: Any) -> None:
     """Search the heads of all layers on one prompt, and print how long it took, compilation included."""
     import mmi_compile
 
     torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
-    config = mmi_compile.search(model, {"inputs_embeds": embeddings, "use_cache": False}, budget=budget)
+    inputs = {"inputs_embeds": embeddings, "use_cache": False}
+    config = mmi_compile.search(model, inputs, budget=budget, weigh=weigh)
     seconds = time.perf_counter() - start
     print(f"{torch.cuda.get_device_name()} · torch {torch.__version__} · {embeddings.shape[1]} tokens")
     print(config.fingerprint.describe())

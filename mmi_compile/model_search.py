@@ -3,7 +3,8 @@
 The model runs through the same graphs as under ``policy="exact"``; whatever attention was rewritten there shows its q,
 k and v before it is computed, and is searched on the spot (``head_search.py``). So no model class needs to be known,
 and one layer is in memory at a time. What has been measured goes to a file after every layer, if a path is given, and a
-search that was interrupted goes on from there; another budget needs no new measurement.
+search that was interrupted goes on from there; another budget needs no new measurement of heads. What their errors
+do to the output is then seen in forwards in which some attentions are sparse (``output_error.py``).
 """
 
 from __future__ import annotations
@@ -85,9 +86,9 @@ def search(
         rows: ``"all"`` rows count alike, or only the ``"last"`` ones of a prompt, or ``"both"`` in equal parts.
         merge: the error of several prompts is their ``"mean"`` or their ``"max"``.
         weigh: how much errors count. ``"layers"``: as much as the model's output changes when that layer alone is
-            sparse, one more forward a layer and prompt, on two prompts at most; of what the budget then gives, of what
-            it gives where all layers count alike, and of the best single pattern, the one that changes the output
-            least is taken. ``"heads"``: the same with a forward for each head. ``"equal"``: all layers alike, no
+            sparse, one more forward a layer and prompt, on two prompts at most. What the budget then gives, or the best
+            single pattern for all heads, is taken if it changes the output less than what the budget gives where all
+            layers count alike. ``"heads"``: the same with a forward for each head. ``"equal"``: all layers alike, no
             forwards. Output means logits, or else the first tensor ``[B, N, C]``; where a forward returns neither,
             layers count alike.
         rows_at_most: query rows that candidates are run on; None for a number that suits the device.
@@ -315,8 +316,8 @@ class _Run:
         try:
             again = weighed(layers, budget, output, weigh)
             uniform = choose_uniform(self._uniform(), again, budget, mode=mode)
-            choices = [choose(again, budget, mode=mode), alike, uniform]
-            return best([choice for choice in choices if choice is not None], output, most=most)
+            choices = [alike, choose(again, budget, mode=mode), *([] if uniform is None else [uniform])]
+            return best(choices, output, most=most)
         finally:
             store.write()
 

@@ -34,6 +34,10 @@ SPACED_ROWS = 256
 WEIGHED_PROMPTS = 2
 """Prompts by which layers are weighed, at most; choices are compared on all of them."""
 
+MARGIN = 0.1
+"""Share by which the output must change less for a choice to be taken before that by errors alone: a few prompts and
+rounding tell no smaller differences."""
+
 LEAST_WEIGHT = 0.02
 """Of a layer or head, where the mean is 1: that the output did not change on a few prompts is no proof."""
 
@@ -175,10 +179,19 @@ def _times(layer: LayerResult, factors: Sequence[float]) -> LayerResult:
 
 
 def best(choices: Sequence[Choice], output: OutputError, *, most: bool = False) -> Choice:
-    """The one that changes the output least; of equals, and where it cannot be compared, the first."""
+    """The one that changes the output least; the first unless another changes it less by ``MARGIN``.
 
-    def change(choice: Choice) -> float:
-        heads = {place: [s.pattern for s in layer] for place, layer in enumerate(choice.heads)}
-        return output.of(heads, most=most) or 0.0
+    The first is also taken where outputs cannot be compared.
+    """
+    first, *others = choices
+    found, least = first, (1 - MARGIN) * _change(first, output, most)
+    for choice in others:
+        change = _change(choice, output, most)
+        if change < least:
+            found, least = choice, change
+    return found
 
-    return choices[0] if len(choices) < 2 else min(choices, key=change)
+
+def _change(choice: Choice, output: OutputError, most: bool) -> float:
+    heads = {place: [s.pattern for s in layer] for place, layer in enumerate(choice.heads)}
+    return output.of(heads, most=most) or 0.0

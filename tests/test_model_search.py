@@ -190,6 +190,33 @@ def test_a_transformer_is_searched_whole() -> None:
     assert (config.fingerprint.layers, config.fingerprint.kv_heads) == (2, 2)
 
 
+@pytest.mark.parametrize("weigh", ["layers", "heads"])
+def test_layers_that_do_not_change_the_output_get_less(weigh: str) -> None:
+    class Muted(Layers):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for layer, gain in zip(self.layers, (1.0, 0.001, 1.0), strict=True):
+                x = x + gain * layer(x)
+            return x
+
+    _, inputs = built(tokens=1536)
+    settings: dict[str, Any] = {"budget": 0.5, "unit": "tiles"}
+    alike, found = (searched(Muted().eval(), inputs, weigh=name, **settings) for name in ("equal", weigh))
+    densities = [[sum(e.density or 0.0 for e in layer) for layer in config.layers] for config in (alike, found)]
+    assert densities[1][1] < densities[0][1]
+    assert sum(densities[1]) <= 0.5 * 3 * SHAPE.heads + 1e-6
+
+
+def test_an_output_that_cannot_be_compared_is_no_hindrance() -> None:
+    class Pooled(Layers):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x).mean(1)
+
+    _, inputs = built(tokens=1536)
+    settings: dict[str, Any] = {"budget": 0.5, "unit": "tiles"}
+    alike = undated(searched(Pooled().eval(), inputs, weigh="equal", **settings))
+    assert undated(searched(Pooled().eval(), inputs, **settings)) == alike
+
+
 # --- interruption
 
 
