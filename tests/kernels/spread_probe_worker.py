@@ -10,9 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmi_compile.kernels import part_probe
+from mmi_compile.kernels.frames import TileShape
 from mmi_compile.kernels.fused_probe import PassTile
 from mmi_compile.kernels.geometry import Geometry
 from mmi_compile.kernels.modality_probe import ModalityTiles
+from mmi_compile.kernels.part_probe import PartProbe, part_rows, parts_of, run_part_probe
+from mmi_compile.kernels.segments import segment
 from mmi_compile.kernels.spread_probe import (
     SPREAD_GROUPS,
     SpreadProbe,
@@ -62,6 +66,47 @@ def check(
     }
 
 
+def check_parts(seed: int, head_dim: int = 16, pack: int = 2, programs: int = 8) -> dict[str, Any]:
+    """Compare a probe of modalities, keys in order and grouped, with the reference in float64."""
+    draw = Draw(torch.Generator().manual_seed(seed))
+    past, tokens = draw.integer(0, 1) * 40, draw.integer(60, 150)
+    g = Geometry(draw.integer(1, 2), 4, 2, tokens, tokens + past, q_offset=past)
+    q, k, _ = random_qkv(seed, g, head_dim, torch.float32)
+    ids = (torch.arange(g.kv_len) % 23 < draw.integer(0, 23)).to(torch.int8).expand(g.batch, -1).contiguous()
+    shape = TileShape(16, 32)
+    segments, parts = segment(ids, (0, 1), g, shape), parts_of(2, ("q", "2d"))
+    rows, zones = part_rows(segments, g, shape, 10, 32), torch.full((g.batch, 2), 5)
+    tile = PassTile(pack, 32, 4, 1)
+    run_reference, launch = (
+        part_probe.run_spread_probe,
+        {"tiles": ModalityTiles(tile, tile, tile), "programs": programs},
+    )
+
+    def probe(q: Tensor, k: Tensor, run: Any) -> PartProbe:
+        part_probe.run_spread_probe = run
+        return run_part_probe(q, k, g, 0.3, segments, rows, parts, shape, zones, 32)
+
+    got, again = (probe(q, k, lambda *given: fused_spread_probe(*given, **launch)) for _ in range(2))
+    want = probe(q.double(), k.double(), run_reference)
+    keys = torch.stack([draw.subset(20, segments.key_order.shape[1]) for _ in range(g.batch * len(parts) * 4)])
+    keys = keys.view(g.batch, len(parts), 4, -1)
+
+    def masses(probe: PartProbe) -> list[Tensor]:
+        return [probe.blocks, probe.credit, probe.total, probe.mass_at(keys), probe.credit_at(keys)]
+
+    return {
+        "error": max(difference(a, b) for a, b in zip(masses(got), masses(want), strict=True)),
+        "shapes": all(a.shape == b.shape for a, b in zip(masses(got), masses(want), strict=True)),
+        "repeats": all(torch.equal(a, b) for a, b in zip(masses(got), masses(again), strict=True)),
+        "mass": float(want.blocks.sum()),
+        "seen": [],
+    }
+
+
+def answer(parts: bool = False, **case: Any) -> dict[str, Any]:
+    return check_parts(**case) if parts else check(**case)
+
+
 def sums(got: SpreadProbe, want: SpreadProbe, keys: Tensor) -> list[tuple[Tensor, Tensor]]:
     both = [(getattr(got, name), getattr(want, name)) for name in ("blocks", "credit")]
     both += [(got.mass_at(keys, kinds), want.mass_at(keys, kinds)) for kinds in (1, None)]
@@ -79,4 +124,4 @@ def is_set(g: Geometry, name: str) -> bool:
 
 
 if __name__ == "__main__":
-    serve(check)
+    serve(answer)

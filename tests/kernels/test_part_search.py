@@ -14,16 +14,19 @@ from torch import Tensor
 from mmi_compile.kernels import part_search
 from mmi_compile.kernels.adaptive import Boundaries, HeadChoice, adaptive_plan
 from mmi_compile.kernels.cost import Coefficients
+from mmi_compile.kernels.dispatch import tiles_for
 from mmi_compile.kernels.frames import TileShape
 from mmi_compile.kernels.geometry import Geometry
 from mmi_compile.kernels.part_probe import CHOOSE, KINDS, part_rows, parts_of, run_part_probe
 from mmi_compile.kernels.part_search import assemble, search_parts, why_no_parts
 from mmi_compile.kernels.plan import Plan
-from mmi_compile.kernels.reference import probabilities_reference
+from mmi_compile.kernels.reference import attention_reference, probabilities_reference
+from mmi_compile.kernels.run import families, family_tiles, run_plan
 from mmi_compile.kernels.search import Prices
 from mmi_compile.kernels.segments import Segments, segment
 from mmi_compile.kernels.spread_probe import SPREAD_GROUPS
 from mmi_compile.kernels.structured import Structure, structured_qkv
+from tests.harness import relative_error
 from tests.host_waits import NoHostWaits
 from tests.random_plans import check_contract
 from tests.strategies import random_inputs
@@ -272,3 +275,65 @@ def test_why_there_are_no_parts(change: dict[str, Any], tiles: TileShape, labels
     reason = why_no_parts(g, tiles, segment(prompt(64, 0), labels, g, tiles))
     assert reason is not None
     assert words in reason
+
+
+def gpu_prompt(head_dim: int) -> tuple[Geometry, Tensor, Tensor, Tensor]:
+    """Two prompts, and random q, k and v stored by token."""
+    tokens = 3000
+    g = Geometry(2, 6, 2, tokens, tokens)
+    ids = torch.cat([prompt(tokens, 0), prompt(tokens, 1, frame=300)]).cuda()
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def made(heads: int) -> Tensor:
+        x = torch.randn(2, tokens, heads, head_dim, device="cuda", generator=generator)
+        return x.to(torch.bfloat16).transpose(1, 2)
+
+    return g, ids, made(6) * 4, made(2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+def test_gpu_probe_is_the_reference(head_dim: int) -> None:
+    g, ids, q, k = gpu_prompt(head_dim)
+    tiles, scale = TileShape(128, 128), head_dim**-0.5
+    segments = segment(ids, (0, 1), g, tiles)
+    rows, parts = part_rows(segments, g, tiles, 100, 128), parts_of(2, ("q", "2d"))
+    zones = torch.full((2, 2), 60, device="cuda")
+    run_part_probe(q, k, g, scale, segments, rows, parts, tiles, zones, 128)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got, again = (run_part_probe(q, k, g, scale, segments, rows, parts, tiles, zones, 128) for _ in range(2))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    want = run_part_probe(q.double(), k.double(), g, scale, segments, rows, parts, tiles, zones, 128)
+    assert got.probe.call.tiles is not None
+    assert want.probe.call.tiles is None
+    keys = torch.randint(0, segments.key_order.shape[1], (2, len(parts), 6, 50), device="cuda")
+    for name in ("blocks", "credit", "total"):
+        assert torch.equal(getattr(got, name), getattr(again, name)), name
+        torch.testing.assert_close(getattr(got, name).double(), getattr(want, name), rtol=5e-5, atol=5e-5, msg=name)
+    torch.testing.assert_close(got.credit_at(keys).double(), want.credit_at(keys), rtol=5e-5, atol=5e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("boundaries", ["q", "2d", "q,2d"])
+def test_gpu_operator_runs_what_was_planned(boundaries: str) -> None:
+    """Uniform attention stays dense for the whole matrix; whatever a head takes, the kernel computes its plan."""
+    g, ids, q, k = gpu_prompt(64)
+    v, scale = torch.randn_like(k), 64**-0.5
+    tiles = tiles_for(q.device, q.dtype, 64)
+    segments = segment(ids, (0, 1), g, tiles)
+    plain, _ = adaptive_plan(q, k, g, scale, tiles, recall=0.5, dense_tail=False)
+    found = search_parts(
+        q, k, g, scale, tiles, segments, boundaries=boundaries.split(","), recall=0.5, prices=Prices(),
+        columns=plain.columns.shape[-1],
+    )  # fmt: skip
+    for place in range(len(found) + 1):
+        chosen = torch.full((2, 6), place, device="cuda")
+        chosen[:, ::4] = 0
+        plan = assemble(plain, chosen, found, segments, dense_tail=False)
+        want = attention_reference(q.double(), k.double(), v.double(), plan.to_mask(), scale)
+        for family in families(q.device, q.dtype, 64):
+            if family_tiles(family, q.device, q.dtype, 64) == tiles:
+                out = run_plan(q, k, v, plan, scale, family=family)
+                assert relative_error(out, want) < 6e-3

@@ -67,6 +67,13 @@ def test_kernels_are_the_reference(worker: Worker, **case: Any) -> None:
     assert_is_the_reference(worker(**case))
 
 
+@pytest.mark.parametrize("case", [{"seed": 0}, {"seed": 3, "pack": 1}, {"seed": 4, "programs": 40, "head_dim": 24}])
+def test_kernels_read_keys_by_modality_as_the_reference_does(worker: Worker, case: dict[str, int]) -> None:
+    answer = worker(parts=True, **case)
+    assert_is_the_reference(answer)
+    assert answer["mass"] > 10
+
+
 def test_every_mask_is_met(worker: Worker) -> None:
     seen: set[str] = set()
     mass = 0.0
