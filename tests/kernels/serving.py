@@ -6,6 +6,7 @@ import json
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from mmi_compile.kernels.launch import interpreting
 def serve(answer: Callable[..., dict[str, Any]]) -> None:
     """Answer requests, whose entries are the arguments of ``answer``, until standard input ends."""
     assert interpreting()
+    spare_idle_work()
     torch.set_num_threads(1)
     empty = torch.empty
 
@@ -30,3 +32,31 @@ def serve(answer: Callable[..., dict[str, Any]]) -> None:
         except Exception:
             told = {"failure": traceback.format_exc()}
         print(json.dumps(told), flush=True)
+
+
+def spare_idle_work() -> None:
+    """Keep Triton's interpreter from work without effect, which takes most of its time."""
+    from triton.runtime import interpreter
+
+    # Sums for checks of overflow: what they find is dropped outside debug mode.
+    builder = interpreter.interpreter_builder
+    assert not builder.options.debug
+    builder.options = replace(builder.options, sanitize_overflow=False)
+
+    # Each call of a device function patches the language anew: once for each module and launch is enough.
+    patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    patched: set[str] = set()
+
+    def patch_once(function: Any) -> Any:
+        module = function.__globals__["__name__"]
+        if module in patched:
+            return None
+        patched.add(module)
+        return patch(function)
+
+    def launch_patched(executor: Any, *args: Any, **kwargs: Any) -> None:
+        patched.clear()
+        launch(executor, *args, **kwargs)
+
+    interpreter._patch_lang = patch_once
+    interpreter.GridExecutor.__call__ = launch_patched
