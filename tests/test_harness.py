@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import combinations, product
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from tests import harness, models
+from tests.pairs import pairwise
 
 pytestmark = pytest.mark.fresh_dynamo
 
@@ -132,3 +134,11 @@ def test_models_are_the_same_every_time_and_leave_the_random_state_alone():
 def test_padding_without_a_mask_is_refused():
     with pytest.raises(ValueError, match="attention mask"):
         models.qwen2(padding="left", with_attention_mask=False)
+
+
+def test_any_two_values_come_together():
+    axes = ["abc", [0, 1], "xyzw", [True, False]]
+    found = pairwise(*axes)
+    assert len(found) == 12
+    for a, b in combinations(range(4), 2):
+        assert {(case[a], case[b]) for case in found} == set(product(axes[a], axes[b]))

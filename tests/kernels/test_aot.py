@@ -8,6 +8,7 @@ import pytest
 
 from mmi_compile.kernels.spec import SHARED_MEMORY, Features, choose_spec
 from mmi_compile.kernels.triton_attention import compile_ahead
+from tests.pairs import pairwise
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -24,6 +25,7 @@ REGIONS = Features(
     has_blocks=True, has_sinks=True, has_columns=True, has_block_bits=True, has_row_order=True, has_regions=True,
     has_key_order=True,
 )  # fmt: skip
+FEATURES = {"dense": Features(), "grouped": GROUPED, "regions": REGIONS, "everything": EVERYTHING}
 
 
 def assert_compiles(
@@ -101,19 +103,17 @@ def test_unknown_architectures_are_named() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 @pytest.mark.parametrize(
-    "features", [Features(), GROUPED, REGIONS, EVERYTHING], ids=["dense", "grouped", "regions", "everything"]
+    ("features", "arch", "dtype", "head_dim"),
+    pairwise(list(FEATURES), ["sm_80", "sm_90"], ["bf16", "fp16"], [64, 80, 96, 128, 256]),
 )
-def test_all_head_dims(arch: str, dtype: str, head_dim: int, features: Features) -> None:
-    assert_compiles(arch, dtype, head_dim, features)
+def test_all_head_dims(features: str, arch: str, dtype: str, head_dim: int) -> None:
+    assert_compiles(arch, dtype, head_dim, FEATURES[features])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-@pytest.mark.parametrize("arch", sorted(SHARED_MEMORY))
+@pytest.mark.parametrize(
+    ("arch", "dtype", "head_dim"), pairwise(sorted(SHARED_MEMORY), ["bf16", "fp32"], [64, 128, 256])
+)
 def test_all_architectures(arch: str, dtype: str, head_dim: int) -> None:
     assert_compiles(arch, dtype, head_dim, SPARSE)

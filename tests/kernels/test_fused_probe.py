@@ -20,6 +20,7 @@ from mmi_compile.kernels.probe import best_phase, phase_mass, reference_probe, r
 from mmi_compile.kernels.spec import SHARED_MEMORY
 from tests.host_waits import NoHostWaits
 from tests.kernels.interpreter import running
+from tests.pairs import pairwise
 
 pytest.importorskip("triton", reason="triton is published for Linux only")
 
@@ -290,8 +291,6 @@ def test_hopper_moves_each_probability_by_one_shuffle() -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("own_cache")
-@pytest.mark.parametrize("head_dim", [64, 80, 256])
-@pytest.mark.parametrize("special", [False, True])
-@pytest.mark.parametrize("arch", sorted(SHARED_MEMORY))
+@pytest.mark.parametrize(("arch", "head_dim", "special"), pairwise(sorted(SHARED_MEMORY), [64, 80, 256], [False, True]))
 def test_all_architectures_and_head_dims(arch: str, head_dim: int, special: bool) -> None:
     assert_compiles(arch, "fp16", head_dim, special)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import ast
 import builtins
 import itertools
 import os
+import symtable
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -82,20 +82,16 @@ def test_golden_source(name: str, spec: HopperSpec) -> None:
 
 def test_every_combination_of_features_uses_only_names_that_it_defines() -> None:
     for spec in every_spec():
-        tree = ast.parse(rendered_source(spec))
-        top = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-        top = {
-            t.id for node in tree.body if isinstance(node, ast.Assign) for t in node.targets if isinstance(t, ast.Name)
-        }
-        top |= {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
-        for node in tree.body:
-            if isinstance(node, (ast.Import, ast.ImportFrom)):
-                top |= {alias.asname or alias.name for alias in node.names}
-        for function in (node for node in tree.body if isinstance(node, ast.FunctionDef)):
-            names = [node for node in ast.walk(function) if isinstance(node, ast.Name)]
-            known = top | {a.arg for a in function.args.args} | set(dir(builtins))
-            known |= {n.id for n in names if isinstance(n.ctx, ast.Store)}
-            assert {n.id for n in names} <= known, (spec, function.name)
+        module = symtable.symtable(rendered_source(spec), "kernel", "exec")
+        defined = {s.get_name() for s in module.get_symbols() if s.is_assigned() or s.is_imported()}
+        known = defined | set(dir(builtins))
+        assert {s.get_name() for s in module.get_symbols() if s.is_referenced()} <= known, spec
+        functions = module.get_children()
+        assert functions
+        for function in functions:
+            assert isinstance(function, symtable.Function)
+            assert not function.get_children()
+            assert set(function.get_globals()) <= known, (spec, function.get_name())
 
 
 def test_what_a_spec_lacks_is_absent_from_the_source() -> None:
@@ -136,7 +132,7 @@ def test_sparse_compiles_ahead_of_time(features: Features) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("head_dim", [40, 64, 80, 128, 256])
+@pytest.mark.parametrize("head_dim", [40, 64, 80, 256])  # 128: above
 @pytest.mark.parametrize(
     "features", [SPARSE, GATHERED, REGIONS, EVERYTHING], ids=["sparse", "gathered", "regions", "everything"]
 )

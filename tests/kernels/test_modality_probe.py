@@ -35,6 +35,7 @@ from mmi_compile.kernels.spec import SHARED_MEMORY
 from tests.host_waits import NoHostWaits
 from tests.kernels.interpreter import running
 from tests.kernels.test_segments import interleavings
+from tests.pairs import pairwise
 from tests.strategies import geometries, random_inputs
 
 TOLERANCE = 2e-5
@@ -288,9 +289,7 @@ def test_hopper_moves_each_probability_by_one_shuffle_and_adds_without_atomics()
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("own_cache")
-@pytest.mark.parametrize("head_dim", [64, 80, 256])
-@pytest.mark.parametrize("special", [False, True])
-@pytest.mark.parametrize("arch", sorted(SHARED_MEMORY))
+@pytest.mark.parametrize(("arch", "head_dim", "special"), pairwise(sorted(SHARED_MEMORY), [64, 80, 256], [False, True]))
 def test_all_architectures_and_head_dims(arch: str, head_dim: int, special: bool) -> None:
     assert_compiles(arch, "fp16", head_dim, special)
 

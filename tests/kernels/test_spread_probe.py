@@ -24,6 +24,7 @@ from mmi_compile.kernels.spread_probe import (
 )
 from tests.kernels.interpreter import running
 from tests.kernels.test_modality_probe import GPU_GEOMETRIES, gpu_case
+from tests.pairs import pairwise
 from tests.strategies import geometries, random_inputs
 
 # Relative to masses of 1 and more: rounding of scores of size s shifts a probability by s / 2^24 of itself.
@@ -138,9 +139,10 @@ def test_compiles_ahead_of_time(arch: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("own_cache")
-@pytest.mark.parametrize("special", [False, True])
-@pytest.mark.parametrize("head_dim", [64, 80, 256])
-@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90", "sm_120", "gfx942"])
+@pytest.mark.parametrize(
+    ("arch", "head_dim", "special"),
+    pairwise(["sm_80", "sm_86", "sm_90", "sm_120", "gfx942"], [64, 80, 256], [False, True]),
+)
 def test_all_architectures_and_head_dims(arch: str, head_dim: int, special: bool) -> None:
     assert_compiles(arch, "fp16", head_dim, special)
 
