@@ -114,13 +114,12 @@ def prove_and_check(data: st.DataObject, build: Callable[..., Program | None]) -
             check(fact, program, *other)
 
 
-@settings(max_examples=4 * settings().max_examples)
+@settings(max_examples=2 * settings().max_examples)
 @given(st.data())
 def test_a_known_fact_is_never_wrong(data: st.DataObject) -> None:
     prove_and_check(data, build)
 
 
-@settings(max_examples=2 * settings().max_examples)
 @given(st.data())
 def test_a_known_fact_about_groups_is_never_wrong(data: st.DataObject) -> None:
     prove_and_check(data, build_grouped)
