@@ -5,6 +5,7 @@ Choose a profile with ``HYPOTHESIS_PROFILE``: ``desk`` (default), ``ci`` or ``ni
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -46,6 +47,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays to the end: no collection of garbage need walk through it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
