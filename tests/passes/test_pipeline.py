@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from torch import Tensor, fx
 
 from mmi_compile.backend import rewrite_graph
@@ -91,7 +91,6 @@ def check_program(program: Program) -> None:
     assert all(f"k [{forms.BATCH}, {program.site_kv_heads}," in site.shapes for site in report.sites)
 
 
-@settings(max_examples=2 * settings().max_examples)  # an example takes a tenth of a second
 @given(forms.programs())
 @example(Program(call="aten"))
 @example(Program(form="eager", mask="fill_in_place", scale="in_place", gqa="tile"))
