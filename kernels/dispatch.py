@@ -146,7 +146,7 @@ def attention(
             boundaries, note = (None, "") if apart is None else apart.given(geometry, tiles)
             plan, choice = adaptive_plan(
                 q, k, geometry, scale, tiles, recall=recall, max_density=max_density, dense_tail=dense_tail,
-                coefficients=costs.coefficients, boundaries=boundaries,
+                coefficients=costs.coefficients if costs.measured else None, boundaries=boundaries,
             )  # fmt: skip
         run.choice, run.density = choice, choice.density
         run.notes = tuple(filter(None, (note, costs.problem)))

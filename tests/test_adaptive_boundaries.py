@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 import mmi_compile
 from mmi_compile import report
-from mmi_compile.cost_file import coefficients_for
 from mmi_compile.kernels.adaptive import Boundaries, adaptive_plan
 from mmi_compile.kernels.geometry import Geometry
 from mmi_compile.kernels.ops import VISION_LABELS
@@ -52,9 +51,8 @@ def reference(model: nn.Module, inputs: dict[str, Tensor], ids: Tensor) -> Tenso
         k, v = k[:, ::step], v[:, ::step]
         g = Geometry(q.shape[0], q.shape[1], k.shape[1], q.shape[2], q.shape[2])
         groups = segment((ids != 0).to(torch.int8), VISION_LABELS, g, TILES)
-        costs = coefficients_for(q.device, "cpu", q.shape[3], TILES).coefficients
         plan, choice = adaptive_plan(
-            q, k, g, q.shape[3] ** -0.5, TILES, recall=0.6, dense_tail=False, coefficients=costs,
+            q, k, g, q.shape[3] ** -0.5, TILES, recall=0.6, dense_tail=False,
             boundaries=Boundaries(("q", "2d"), groups, ("text", "vision")),
         )  # fmt: skip
         used.append(choice.boundary)
