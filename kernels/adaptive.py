@@ -31,19 +31,8 @@ from mmi_compile.kernels.part_search import Bounded, assemble, search_parts, why
 from mmi_compile.kernels.plan import RECORD, Plan, TileRecord
 from mmi_compile.kernels.planner import dense_plan, lower, make_dense
 from mmi_compile.kernels.probe import LAST_Q, run_probe
-from mmi_compile.kernels.search import (
-    A_SHAPE,
-    DENSE,
-    GRID,
-    VERTICAL_SLASH,
-    Prices,
-    ProbeFrame,
-    PromptSearch,
-    max_columns,
-    max_diagonals,
-    measure_recall,
-    probe_frame,
-)
+from mmi_compile.kernels.search import A_SHAPE, DENSE, GRID, VERTICAL_SLASH, PromptSearch, measure_recall
+from mmi_compile.kernels.search_frame import Prices, ProbeFrame, max_columns, max_diagonals, probe_frame
 from mmi_compile.kernels.segments import Segments
 from mmi_compile.kernels.spread_probe import SPREAD_GROUPS, run_spread_probe
 

@@ -36,18 +36,14 @@ from mmi_compile.kernels.plan import RECORD, Plan, TileRecord
 from mmi_compile.kernels.planner import Lowered, list_size, lower, make_dense, ordered_frame
 from mmi_compile.kernels.probe import best_phase
 from mmi_compile.kernels.rules import autocorrelation_stride
-from mmi_compile.kernels.search import (
+from mmi_compile.kernels.search import Best, Columns, Search, covered_mass, may_be_lost
+from mmi_compile.kernels.search_frame import (
     LOCAL_ZONE,
-    Best,
-    Columns,
     Costs,
     Prices,
-    Search,
     SearchFrame,
-    covered_mass,
     max_columns,
     max_diagonals,
-    may_be_lost,
     sink_tokens,
     window_ladder,
 )

@@ -252,7 +252,7 @@ def test_the_last_rows_of_chosen_blocks_and_query_lines(geometry: Geometry, tile
 
 
 def test_the_tail_of_plain_plans_is_that_of_the_adaptive_policy():
-    from mmi_compile.kernels.search import probe_frame
+    from mmi_compile.kernels.search_frame import probe_frame
 
     for g in (Geometry(1, 2, 1, 300, 300), Geometry(1, 2, 1, 300, 300, kv_stop=torch.tensor([200], dtype=torch.int32))):
         x = random_inputs(g)

@@ -22,7 +22,7 @@ from mmi_compile.kernels.part_search import assemble, search_parts, why_no_parts
 from mmi_compile.kernels.plan import Plan
 from mmi_compile.kernels.reference import attention_reference, probabilities_reference
 from mmi_compile.kernels.run import families, family_tiles, run_plan
-from mmi_compile.kernels.search import Prices
+from mmi_compile.kernels.search_frame import Prices
 from mmi_compile.kernels.segments import Segments, segment
 from mmi_compile.kernels.spread_probe import SPREAD_GROUPS
 from mmi_compile.kernels.structured import Structure, structured_qkv
