@@ -32,8 +32,10 @@ def number(cell: str) -> float:
 
 def needles(pages: list[list[Row]]) -> Points:
     """Tokens right of *time* at 168 frames, by method."""
-    adaptive, same, searched = pages[1], pages[2], pages[3]
+    adaptive, apart, same, searched = pages[1:5]
     found: Points = {"adaptive": [_needle(row) for row in adaptive if row["policy"].startswith("adaptive")]}
+    bounded = [row for row in apart if row["frames"] == "168" and row["boundaries"] == "none, q, 2d"]
+    found["adaptive, with q and 2d"] = [_needle(row) for row in bounded]
     found["searched, no boundaries, weighed"] = [_needle(row) for row in searched if row["boundaries"] == "none"]
     bounded = [row for row in searched if row["boundaries"] != "none" and row["weigh"] == "equal"]
     found["searched, with q and 2d, not weighed"] = [_needle(row) for row in bounded]
