@@ -80,7 +80,8 @@ class Shown:
         """How far ``other`` is from this, the exact output: mean over rows."""
         if self.logits:
             exact, found = (torch.log_softmax(x, -1) for x in (self.rows, other.rows))
-            each = (exact.exp() * (exact - found)).sum(-1)
+            # What the model rules out has no probability; minus infinity from itself would be NaN.
+            each = (exact.exp() * (exact - found)).masked_fill(exact == float("-inf"), 0.0).sum(-1)
             return float((each * self.weight).sum())
         energy = (self.rows.square().sum(-1) * self.weight).sum().clamp(min=1e-30)
         return float(((other.rows - self.rows).square().sum(-1) * self.weight).sum() / energy)
@@ -126,8 +127,8 @@ class OutputError:
                 shown = None if exact is None else self.run(number, heads)
                 if exact is None or shown is None:
                     return None
-                value = max(0.0, exact.divergence(shown))
-                value = value if value < float("inf") else 1e30  # NaN as well
+                value = exact.divergence(shown)
+                value = max(0.0, value) if value < float("inf") else 1e30  # NaN as well
                 self.keep(name, number, value)
             found.append(value)
         return max(found) if most else sum(found) / len(found)

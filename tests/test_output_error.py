@@ -43,6 +43,25 @@ def test_logits_are_compared_by_their_divergence(wrap: Callable[[Tensor], Any]) 
     assert shown(wrap(a)).divergence(shown(wrap(a + 3))) == pytest.approx(0, abs=1e-6)  # the same probabilities
 
 
+def test_words_that_the_model_rules_out_do_not_count() -> None:
+    a, b = torch.randn(2, 1, 40, 11)
+    ruled_out = torch.zeros(11, dtype=torch.bool)
+    ruled_out[[0, 7]] = True
+    less = [x[..., ~ruled_out] for x in (a, b)]
+    given = [x.masked_fill(ruled_out, float("-inf")) for x in (a, b)]
+    expected = shown(Logits(less[0])).divergence(shown(Logits(less[1])))
+    assert shown(Logits(given[0])).divergence(shown(Logits(given[1]))) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_an_output_that_is_no_number_is_far_off(wrong: float) -> None:
+    def run(number: int, heads: Heads) -> Shown:
+        return Shown(torch.full((1, 3), wrong if heads else 1.0), torch.ones(1), False)
+
+    output = OutputError(run, 1, lambda *key: None, lambda *at: None)
+    assert output.of({0: [CHEAP]}) == 1e30
+
+
 @pytest.mark.parametrize("wrap", [lambda x: x, lambda x: (torch.zeros(3), x), lambda x: {"hidden": x}])
 def test_other_outputs_are_compared_by_their_error(wrap: Callable[[Tensor], Any]) -> None:
     a = torch.randn(1, 40, 11)
