@@ -255,16 +255,16 @@ def adaptive_plan(
         return plan, choice
     bounded = search_parts(
         q, k, g, scale, tiles, boundaries.segments, boundaries=boundaries.names, recall=recall, prices=prices,
-        columns=plan.columns.shape[-1], strides=strides,
+        columns=plan.columns.shape[-1], strides=strides, dense_tail=dense_tail,
     )  # fmt: skip
     time = EVEN if coefficients is None else coefficients
     costs = [torch.as_tensor(time.seconds(plan_work(plan), calls=0))]
     for each in bounded:
         fits = each.fits & (each.chosen >= recall) & (each.measured >= 1 - SLACK * (1 - recall))
-        fits = fits & (each.work.visited / frame.full <= max_density)
+        fits = fits & (each.sparse_tiles / frame.full <= max_density)
         costs.append(torch.where(fits, each.work_seconds(time), torch.inf))
     picked = torch.stack(costs).argmin(0)
-    plan = assemble(plan, picked, bounded, boundaries.segments, dense_tail=dense_tail)
+    plan = assemble(plan, picked, bounded, boundaries.segments)
     apart = Apart(picked, tuple(bounded), boundaries.labels)
     return plan, replace(choice, density=plan.work().sum(-1) / frame.full, apart=apart)
 

@@ -33,7 +33,7 @@ from mmi_compile.kernels.part_probe import (
     run_part_probe,
 )
 from mmi_compile.kernels.plan import RECORD, Plan, TileRecord
-from mmi_compile.kernels.planner import Lowered, list_size, lower, make_dense, ordered_frame
+from mmi_compile.kernels.planner import Lowered, dense_records, list_size, lower, ordered_frame
 from mmi_compile.kernels.probe import best_phase
 from mmi_compile.kernels.rules import autocorrelation_stride
 from mmi_compile.kernels.search import Best, Columns, Search, covered_mass, may_be_lost
@@ -75,6 +75,7 @@ class Bounded:
         chosen, measured: float ``[B, HQ]``, the least recall of a modality: of rows that choose, of those that check.
         fits: bool ``[B, HQ]``, whether there is room for all columns.
         work: of each head. pattern: int64 ``[B, HQ, parts]``, codes of ``search``.
+        sparse_tiles: float ``[B, HQ]``, key tiles before the last rows become dense.
     """
 
     name: str
@@ -87,6 +88,7 @@ class Bounded:
     measured: Tensor
     fits: Tensor
     work: Work
+    sparse_tiles: Tensor
     pattern: Tensor
 
     def work_seconds(self, coefficients: Coefficients) -> Tensor:
@@ -97,6 +99,7 @@ class Bounded:
 def search_parts(
     q: Tensor, k: Tensor, geometry: Geometry, scale: float, tiles: TileShape, segments: Segments, *,
     boundaries: Sequence[str], recall: float, prices: Prices, columns: int, strides: Sequence[int] = (),
+    dense_tail: bool = False,
 ) -> list[Bounded]:  # fmt: skip
     """All heads under each of ``boundaries`` ("q", "2d").
 
@@ -105,6 +108,7 @@ def search_parts(
         segments: a prompt for which ``why_no_parts`` is None.
         recall: share of the probability that every modality must keep.
         columns: columns that a head may have in all its parts. strides: of grids to try beside the estimated one.
+        dense_tail: keep every key for the tiles of the last rows. They count as work, and not for the recalls.
 
     Nothing waits for the device.
     """
@@ -112,8 +116,9 @@ def search_parts(
     probe = run_part_probe(
         q, k, geometry, scale, segments, facts.rows, facts.parts, tiles, facts.zones, _sinks(tiles.block_n)
     )
+    dense = facts.dense if dense_tail else None
     return [
-        _searched(name, probe.some(some), frame, owned, geometry, tiles, recall, columns, strides)
+        _searched(name, probe.some(some), frame, owned, geometry, tiles, recall, columns, strides, dense)
         for name, some, frame, owned in facts.boundaries
     ]
 
@@ -143,11 +148,13 @@ class _Facts:
 
     Attributes:
         zones: int ``[B, M]``, nearest keys of each modality that are left to windows.
+        dense: int32 ``[B, 1, QT, 1, RECORD]``, tiles that keep every key.
     """
 
     parts: tuple[PartKey, ...]
     rows: PartRows
     zones: Tensor
+    dense: Tensor
     boundaries: tuple[_Boundary, ...]
 
 
@@ -176,7 +183,8 @@ def _make_facts(
     g, width = geometry, segments.key_order.shape[1]
     parts = parts_of(len(segments.labels), boundaries)
     rows = part_rows(segments, g, tiles, min(LOCAL_ZONE, g.kv_len // 16), _sinks(tiles.block_n))
-    places = _tile_frames(parts, segments, g, tiles)
+    in_order = ordered_frame(segments.row_order[:, None], g, tiles)
+    places = _tile_frames(parts, segments, in_order, tiles)
     mine = _own_tiles(parts, segments, places)
     made = []
     for name in boundaries:
@@ -186,16 +194,16 @@ def _make_facts(
         tile, owned = rows.tile.index_select(1, query).flatten(0, 1), mine[:, some].flatten(0, 1)
         frame = _part_frame(_of_parts(places, some), owned, tile, width, tiles, prices)
         made.append(_Boundary(name, some, frame, owned))
-    return _Facts(parts, rows, torch.clamp(segments.counts // 16, max=LOCAL_ZONE), tuple(made))
+    zones = torch.clamp(segments.counts // 16, max=LOCAL_ZONE)
+    return _Facts(parts, rows, zones, dense_records(in_order), tuple(made))
 
 
 _PLACES = ("low", "high", "base", "first", "latest", "full", "stop", "origin", "live_end", "after")
 
 
-def _tile_frames(parts: tuple[PartKey, ...], segments: Segments, geometry: Geometry, tiles: TileShape) -> TileFrame:
-    """The tiles of the grouped rows in the key space of each part, ``[B, V, QT]`` in place of ``[B, 1, QT]``."""
-    g, bn = geometry, tiles.block_n
-    frame = ordered_frame(segments.row_order[:, None], g, tiles)
+def _tile_frames(parts: tuple[PartKey, ...], segments: Segments, frame: TileFrame, tiles: TileShape) -> TileFrame:
+    """``frame`` of the grouped rows in the key space of each part, ``[B, V, QT]`` in place of ``[B, 1, QT]``."""
+    batch, bn = segments.group.shape[0], tiles.block_n
     by_key: dict[int | None, TileFrame] = {None: frame}
     for key in sorted({part.key for part in parts if part.key is not None}):
         start = segments.key_start[:, key, None, None]
@@ -207,7 +215,7 @@ def _tile_frames(parts: tuple[PartKey, ...], segments: Segments, geometry: Geome
 
     def of_all(name: str) -> Tensor:
         size = 1 if name in ("origin", "live_end") else frame.low.shape[-1]
-        return torch.cat([getattr(by_key[part.key], name).expand(g.batch, 1, size) for part in parts], 1)
+        return torch.cat([getattr(by_key[part.key], name).expand(batch, 1, size) for part in parts], 1)
 
     together = {name: of_all(name) for name in _PLACES}
     return TileFrame(**together, left=None, zero=frame.zero, first_is_zero=False, latest_is_base=False)
@@ -348,7 +356,7 @@ class PartSearch(Search):
 
 def _searched(
     name: str, probe: PartProbe, frame: SearchFrame, owned: Tensor, geometry: Geometry, tiles: TileShape,
-    recall: float, columns: int, strides: Sequence[int],
+    recall: float, columns: int, strides: Sequence[int], dense: Tensor | None,
 ) -> Bounded:  # fmt: skip
     """The best rules of the parts of one boundary, as plans."""
     g, width, count = geometry, probe.segments.key_order.shape[1], len(probe.parts)
@@ -365,7 +373,7 @@ def _searched(
     found = search.choose(strides)
     lowered = lower(found.rules, spaces, tiles, diagonals=found.diagonals, frame=frame.tiles)
     chosen, measured = _recalls(covered_mass(lowered, search).unflatten(0, (g.batch, count)), probe)
-    return _as_regions(name, lowered, probe, owned, tiles, columns, (chosen, measured), found.pattern, g)
+    return _as_regions(name, lowered, probe, owned, tiles, columns, (chosen, measured), found.pattern, g, dense)
 
 
 def _budgets(probe: PartProbe, mass: Tensor, recall: float) -> Tensor:
@@ -402,9 +410,10 @@ def _recalls(covered: Tensor, probe: PartProbe) -> tuple[Tensor, Tensor]:
 
 def _as_regions(
     name: str, lowered: Lowered, probe: PartProbe, owned: Tensor, tiles: TileShape, columns: int,
-    recalls: tuple[Tensor, Tensor], pattern: Tensor, geometry: Geometry,
+    recalls: tuple[Tensor, Tensor], pattern: Tensor, geometry: Geometry, dense: Tensor | None,
 ) -> Bounded:  # fmt: skip
-    """Plans of parts as regions of the tiles of their rows, their columns one after the other."""
+    """Plans of parts as regions of the tiles of their rows, their columns one after the other; the tiles of the last
+    rows as in ``dense``, if given."""
     plan, segments, batch = lowered.plan, probe.segments, geometry.batch
     count, grouped = len(segments.labels), probe.parts[0].key is not None
     regions, fields = len(probe.parts) // count, TileRecord._fields
@@ -424,14 +433,25 @@ def _as_regions(
         order = segments.key_order[:, None].expand(-1, slots.shape[1], -1)
         places = order.gather(-1, slots.clamp(max=order.shape[-1] - 1).long()).clamp(min=0)
     assert plan.list_bits is not None
-    record = TileRecord(*records.unbind(-1))
-    work = record_work(record, tiles.block_n, segments.tile_group, count)
+    work = _work(records, tiles, segments)
+    sparse_tiles = torch.as_tensor(work.visited)
+    if dense is not None:
+        dense = F.pad(dense, (0, 0, 0, regions - 1))
+        records = torch.where(segments.tail[:, None, :, None, None], dense, records)
+        work = _work(records, tiles, segments)
     return Bounded(
         name=name, records=records, columns=places, slots=slots, lists=plan.lists, bits=plan.list_bits,
         chosen=recalls[0], measured=recalls[1], fits=end[:, -1] <= columns,
-        work=Work(*(torch.as_tensor(part).sum(-1) for part in work)),
+        work=work, sparse_tiles=sparse_tiles,
         pattern=pattern.unflatten(0, (batch, -1)).transpose(1, 2),
     )  # fmt: skip
+
+
+def _work(records: Tensor, tiles: TileShape, segments: Segments) -> Work:
+    """What the tiles ``[B, HQ, QT, R, RECORD]`` of each head compute; columns are gathered once per modality."""
+    record = TileRecord(*records.unbind(-1))
+    by_group = record_work(record, tiles.block_n, segments.tile_group, len(segments.labels))
+    return Work(*(torch.as_tensor(part).sum(-1) for part in by_group))
 
 
 def _packed(columns: Tensor, used: Tensor, end: Tensor, width: int) -> Tensor:
@@ -449,7 +469,7 @@ def _packed(columns: Tensor, used: Tensor, end: Tensor, width: int) -> Tensor:
 # Putting heads together
 
 
-def assemble(plain: Plan, chosen: Tensor, found: Sequence[Bounded], segments: Segments, *, dense_tail: bool) -> Plan:
+def assemble(plain: Plan, chosen: Tensor, found: Sequence[Bounded], segments: Segments) -> Plan:
     """One plan: head ``h`` as in ``plain`` where ``chosen [B, HQ]`` is 0, else under ``found[chosen - 1]``."""
     bm, device = plain.block_m, plain.tiles.device
     regions = max(bounded.records.shape[3] for bounded in found)
@@ -472,11 +492,8 @@ def assemble(plain: Plan, chosen: Tensor, found: Sequence[Bounded], segments: Se
         slots = torch.where(mine[..., None], F.pad(bounded.slots, spare), slots)
         lists.append(bounded.lists)
         bits.append(bounded.bits)
-    plan = dataclasses.replace(
+    return dataclasses.replace(
         plain, tiles=tiles.contiguous(), row_order=order.contiguous(), lists=torch.cat(lists),
         columns=columns.contiguous(), has_sinks=True, list_bits=torch.cat(bits),
         key_order=segments.key_order if grouped else None, column_slots=slots.contiguous() if grouped else None,
     )  # fmt: skip
-    if not dense_tail:
-        return plan
-    return make_dense(plan, segments.tail[:, None] & (chosen > 0)[..., None])

@@ -30,8 +30,8 @@ from mmi_compile.kernels.rules import HeadRules, estimate_rules, sink_end, windo
 from mmi_compile.kernels.segments import holds_tail
 
 __all__ = [
-    "HeadRules", "Lowered", "TileShape", "block_offsets", "build_plan", "dense_plan", "keep_tail", "list_size", "lower",
-    "lower_rules", "make_dense",
+    "HeadRules", "Lowered", "TileShape", "block_offsets", "build_plan", "dense_plan", "dense_records", "keep_tail",
+    "list_size", "lower", "lower_rules", "make_dense",
 ]  # fmt: skip
 
 
@@ -62,7 +62,7 @@ def dense_plan(geometry: Geometry, tiles: TileShape, device: torch.device | str)
 
 def _dense_plan(geometry: Geometry, tiles: TileShape, device: torch.device) -> Plan:
     g, head = geometry, (geometry.batch, geometry.q_heads)
-    records = interval_records(g, tiles) if g.has_rows else _dense_records(tile_frame(g, tiles, device))
+    records = interval_records(g, tiles) if g.has_rows else dense_records(tile_frame(g, tiles, device))
     return Plan(
         geometry=g,
         block_m=tiles.block_m,
@@ -74,8 +74,8 @@ def _dense_plan(geometry: Geometry, tiles: TileShape, device: torch.device) -> P
     )
 
 
-def _dense_records(frame: TileFrame) -> Tensor:
-    """Records of dense tiles, int32 ``[1 or B, 1 or HQ, QT, 1, RECORD]``."""
+def dense_records(frame: TileFrame) -> Tensor:
+    """Records of tiles that keep every key, int32 ``[1 or B, 1 or HQ, QT, 1, RECORD]``."""
     edges = torch.stack(torch.broadcast_tensors(*_window(torch.minimum(frame.first, frame.latest), frame)), -1)
     return torch.nn.functional.pad(edges, (0, RECORD - 4))[..., None, :]
 
@@ -96,11 +96,11 @@ def make_dense(plan: Plan, which: Tensor, frame: TileFrame | None = None) -> Pla
     """
     g, shape = plan.geometry, TileShape(plan.block_m, plan.block_n)
     if frame is not None and g.has_padding:
-        records = _dense_records(frame)
+        records = dense_records(frame)
     elif plan.row_order is None:
         records = remembered(_records_in_order, g, shape, plan.tiles.device)
     else:
-        records = _dense_records(ordered_frame(plan.row_order, g, shape))
+        records = dense_records(ordered_frame(plan.row_order, g, shape))
     if plan.regions > 1:
         # One region of keys in order holds everything, so that the others visit nothing.
         records = torch.nn.functional.pad(records, (0, 0, 0, plan.regions - 1))
@@ -108,7 +108,7 @@ def make_dense(plan: Plan, which: Tensor, frame: TileFrame | None = None) -> Pla
 
 
 def _records_in_order(geometry: Geometry, tiles: TileShape, device: torch.device) -> Tensor:
-    return _dense_records(tile_frame(geometry, tiles, device))
+    return dense_records(tile_frame(geometry, tiles, device))
 
 
 def keep_tail(plan: Plan) -> Plan:
