@@ -278,9 +278,20 @@ def _check(recall: float, max_density: float, strides: Sequence[int]) -> None:
         raise ValueError(f"strides {list(strides)} must be token counts of 1 or more")
 
 
+SPREAD_ROWS = 8 * LAST_Q
+"""Rows of a prompt from which on the spread probe looks at some of them: of fewer, the last ones are a good part."""
+
+
 def _groups(geometry: Geometry) -> int:
-    """Groups of the spread probe: none where the last rows are a good part of all."""
-    return SPREAD_GROUPS if geometry.q_len >= 8 * LAST_Q else 0
+    """Groups of the spread probe."""
+    return SPREAD_GROUPS if geometry.q_len >= SPREAD_ROWS else 0
+
+
+def why_not_apart(geometry: Geometry, tiles: TileShape, segments: Segments) -> str | None:
+    """Why modalities are not treated apart, in words; None where they may be."""
+    if not _groups(geometry):
+        return f"the prompt has fewer than {SPREAD_ROWS} rows"
+    return why_no_parts(geometry, tiles, segments)
 
 
 @lru_cache(maxsize=8)

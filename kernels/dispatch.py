@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mmi_compile.cost_file import Costs, coefficients_for
-from mmi_compile.kernels.adaptive import Boundaries, adaptive_plan
+from mmi_compile.kernels.adaptive import Boundaries, adaptive_plan, why_not_apart
 from mmi_compile.kernels.boundaries import build_bounded_plan
 from mmi_compile.kernels.cost import Work
 from mmi_compile.kernels.cpu import attention_cpu
@@ -18,7 +18,6 @@ from mmi_compile.kernels.geometry import Geometry, check_scale
 from mmi_compile.kernels.guard import NO_GUARD, Guard, enforce, guard_rows, measure
 from mmi_compile.kernels.layer_heads import LayerHeads
 from mmi_compile.kernels.own_tiles import own_tiles
-from mmi_compile.kernels.part_search import why_no_parts
 from mmi_compile.kernels.patterns import ByModality
 from mmi_compile.kernels.plan import Plan, causal_tiles
 from mmi_compile.kernels.planner import TileShape, build_plan, dense_plan, keep_tail
@@ -78,7 +77,7 @@ class ApartHeads:
         if self.segments is None:
             return None, self.note
         segments = self.segments(tiles)
-        reason = why_no_parts(geometry, tiles, segments)
+        reason = why_not_apart(geometry, tiles, segments)
         if reason is not None:
             return None, f"boundaries were not tried: {reason}"
         return Boundaries(self.boundaries, segments, ("text", "vision")), ""

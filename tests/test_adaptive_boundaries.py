@@ -103,6 +103,14 @@ def test_a_prompt_that_nothing_tells_apart_says_so():
         assert harness.relative_error(got, compiled(model, boundaries=("none",))(**inputs)) == 0
 
 
+def test_a_short_prompt_says_so():
+    model, inputs = models.plain_causal(tokens=500)
+    with torch.no_grad(), mmi_compile.modality(torch.arange(500)[None] % 2):
+        compiled(model)(**inputs)
+    assert all(run["notes"] == ["boundaries were not tried: the prompt has fewer than 512 rows"] for run in runs())
+    assert runs()
+
+
 def test_padding_is_a_reason():
     model, inputs, ids = decoder(mask="padding", batch=2, padding="left")
     with torch.no_grad(), mmi_compile.modality(ids):
