@@ -239,6 +239,21 @@ def test_what_the_last_rows_take_counts(recall: float) -> None:
     assert plan.work().sum() <= plain.work().sum()
 
 
+@pytest.mark.parametrize("boundaries", [("2d",), ("q", "2d")])
+def test_heads_that_are_no_numbers_run_dense(boundaries: tuple[str, ...]) -> None:
+    ids = prompt(2048, seed=0)
+    q, k = (x.repeat(1, 3, 1, 1) for x in back_among_video(ids))
+    clean, *_ = choose(q, k, ids, boundaries, recall=0.8)
+    q[:, 0, -30:] = float("nan")
+    k[:, 1, 40] = float("nan")
+    plan, choice, g, _ = choose(q, k, ids, boundaries, recall=0.8)
+    check_contract(plan)
+    assert choice.boundary[0, :2].tolist() == [0, 0]
+    assert choice.boundary[0, 2].item() > 0
+    assert torch.equal(plan.to_mask()[:, :2], g.to_mask()[:, None].expand(-1, 2, -1, -1))
+    assert torch.equal(plan.to_mask()[:, 2], clean.to_mask()[:, 2])
+
+
 def test_choosing_never_waits_for_the_device() -> None:
     ids = prompt(600, seed=3)
     g = Geometry(1, 2, 1, 600, 600)
