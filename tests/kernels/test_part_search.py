@@ -325,3 +325,14 @@ def test_gpu_operator_runs_what_was_planned(boundaries: str) -> None:
             if family_tiles(family, q.device, q.dtype, 64) == tiles:
                 out = run_plan(q, k, v, plan, scale, family=family)
                 assert relative_error(out, want) < 6e-3
+
+
+def test_what_a_report_needs_is_small() -> None:
+    """Reports keep the choice of every layer."""
+    ids = prompt(2048, seed=0)
+    q, k = EXAMPLE["attention"](ids, torch.Generator())
+    _, choice, *_ = choose(q, k, ids, ("q", "2d"), recall=0.8)
+    assert choice.apart is not None
+    kept = [choice.sparse, choice.density, *choice.tried, choice.apart.chosen]
+    kept += [part for tried in choice.apart.tried for part in tried if isinstance(part, Tensor)]
+    assert sum(part.untyped_storage().nbytes() for part in kept) < 4096
