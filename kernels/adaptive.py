@@ -27,7 +27,7 @@ from torch import Tensor
 from mmi_compile.kernels.cost import Coefficients, plan_work
 from mmi_compile.kernels.frames import TileShape, remembered
 from mmi_compile.kernels.geometry import Geometry
-from mmi_compile.kernels.part_search import Bounded, assemble, search_parts, why_no_parts
+from mmi_compile.kernels.part_search import assemble, search_parts, why_no_parts
 from mmi_compile.kernels.plan import RECORD, Plan, TileRecord
 from mmi_compile.kernels.planner import dense_plan, lower, make_dense
 from mmi_compile.kernels.probe import LAST_Q, run_probe
@@ -81,17 +81,28 @@ class Boundaries:
     labels: tuple[str, ...]
 
 
+class TriedApart(NamedTuple):
+    """All heads under one boundary: its name, recall of the modality that keeps least (float ``[B, HQ]``), pattern of
+    each part (int64 ``[B, HQ, parts]``), and tiles computed / tiles of the dense plan (float ``[B, HQ]``), before the
+    last rows become dense."""
+
+    name: str
+    recall: Tensor
+    pattern: Tensor
+    density: Tensor
+
+
 @dataclass(frozen=True)
 class Apart:
     """Heads that treat modalities apart.
 
     Attributes:
-        chosen: int64 ``[B, HQ]``, 0 for none, else one more than the place in ``found``.
-        found: what all heads would do under each boundary; labels: names of the modalities.
+        chosen: int64 ``[B, HQ]``, 0 for none, else one more than the place in ``tried``.
+        tried: what all heads would do under each boundary; labels: names of the modalities.
     """
 
     chosen: Tensor
-    found: tuple[Bounded, ...]
+    tried: tuple[TriedApart, ...]
     labels: tuple[str, ...]
 
     def describe(self, b: int, h: int, density: float) -> str | None:
@@ -99,12 +110,12 @@ class Apart:
         place = int(self.chosen[b, h])
         if not place:
             return None
-        bounded = self.found[place - 1]
-        names = [PATTERN_NAMES[code] for code in bounded.pattern[b, h].tolist()]
-        keys = [f"→{key}" for key in self.labels] if bounded.name == "2d" else [""]
+        tried = self.tried[place - 1]
+        names = [PATTERN_NAMES[code] for code in tried.pattern[b, h].tolist()]
+        keys = [f"→{key}" for key in self.labels] if tried.name == "2d" else [""]
         where = [query + key for query in self.labels for key in keys]
-        parts = ", ".join(f"{place}: {name}" for place, name in zip(where, names, strict=True))
-        return f"{bounded.name}({parts}): recall {float(bounded.measured[b, h]):.3f}, density {density:.3f}"
+        parts = ", ".join(f"{part}: {name}" for part, name in zip(where, names, strict=True))
+        return f"{tried.name}({parts}): recall {float(tried.recall[b, h]):.3f}, density {density:.3f}"
 
 
 @dataclass(frozen=True)
@@ -136,13 +147,13 @@ class HeadChoice:
         """Share of the probability of the rows that check (of the last rows where none do) on the plan's pairs, before
         the last rows become dense; of a head that treats modalities apart, of the modality that keeps least."""
         recall = torch.where(self.sparse, self.tried.recall, 1.0)
-        for place, bounded in enumerate(self.apart.found if self.apart else (), 1):
-            recall = torch.where(self.boundary == place, bounded.measured, recall)
+        for place, tried in enumerate(self.apart.tried if self.apart else (), 1):
+            recall = torch.where(self.boundary == place, tried.recall, recall)
         return recall.clamp(max=1.0)
 
     @property
     def boundary(self) -> Tensor:
-        """int64, 0 for none, else one more than the place in ``apart.found``."""
+        """int64, 0 for none, else one more than the place in ``apart.tried``."""
         return torch.zeros_like(self.tried.pattern) if self.apart is None else self.apart.chosen
 
     @property
@@ -259,13 +270,13 @@ def adaptive_plan(
     )  # fmt: skip
     time = EVEN if coefficients is None else coefficients
     costs = [torch.as_tensor(time.seconds(plan_work(plan), calls=0))]
-    for each in bounded:
+    tried = tuple(TriedApart(b.name, b.measured, b.pattern, b.sparse_tiles / frame.full) for b in bounded)
+    for each, share in zip(bounded, (seen.density for seen in tried), strict=True):
         fits = each.fits & (each.chosen >= recall) & (each.measured >= 1 - SLACK * (1 - recall))
-        fits = fits & (each.sparse_tiles / frame.full <= max_density)
-        costs.append(torch.where(fits, each.work_seconds(time), torch.inf))
+        costs.append(torch.where(fits & (share <= max_density), each.work_seconds(time), torch.inf))
     picked = torch.stack(costs).argmin(0)
     plan = assemble(plan, picked, bounded, boundaries.segments)
-    apart = Apart(picked, tuple(bounded), boundaries.labels)
+    apart = Apart(picked, tried, boundaries.labels)
     return plan, replace(choice, density=plan.work().sum(-1) / frame.full, apart=apart)
 
 

@@ -20,6 +20,7 @@ from mmi_compile.kernels.planner import TileShape
 from mmi_compile.kernels.reference import attention_reference
 from mmi_compile.kernels.segments import segment
 from tests import harness, models
+from tests.kernels.test_part_search import EXAMPLE, prompt
 
 pytestmark = pytest.mark.fresh_dynamo
 
@@ -119,3 +120,27 @@ def test_padding_is_a_reason():
         assert run["notes"] == [
             "boundaries were not tried: boundaries are chosen for prompts without padding and sliding window"
         ]
+
+
+class Attend(nn.Module):
+    """One attention over what it is given."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True) * 2.0
+
+
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+def test_heads_that_are_regular_among_video_take_2d(inner):
+    ids = prompt(2048, seed=0)
+    q, k = EXAMPLE["attention"](ids, torch.Generator())
+    q, v = 8 * q, torch.randn(1, 1, 2048, 64, generator=torch.Generator().manual_seed(0))
+    g, scale = Geometry(1, 1, 1, 2048, 2048), 64**-0.5
+    boundaries = Boundaries(("q", "2d"), segment(ids, VISION_LABELS, g, TILES), ("text", "vision"))
+    plan, choice = adaptive_plan(q, k, g, scale, TILES, recall=0.9, dense_tail=False, boundaries=boundaries)
+    assert choice.boundary.item() == 2
+    fast = compiled(Attend().eval(), recall=0.9, inner=inner)
+    with torch.no_grad(), mmi_compile.modality(ids):
+        assert harness.relative_error(fast(q, k, v), 2.0 * attention_reference(q, k, v, plan.to_mask(), scale)) < 1e-5
+    (run,) = runs()
+    assert run["patterns"][0][0].startswith("2d(text→text: ")
+    assert run["density"] < 0.4

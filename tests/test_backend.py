@@ -13,6 +13,9 @@ from torch import Tensor, fx, nn
 import mmi_compile
 from mmi_compile import MMIError, Reason, report
 from mmi_compile.backend import compile_graph, graph_key, mminference, rewrite_graph
+from mmi_compile.kernels.frames import TileShape
+from mmi_compile.kernels.own_tiles import using_tiles
+from mmi_compile.kernels.structured import Structure, structured_qkv
 from mmi_compile.options import OptionError, Options
 from mmi_compile.passes.classify_phase import ClassifyPhase
 from mmi_compile.passes.rewrite import Rewrite
@@ -422,3 +425,19 @@ def test_module_compile():
     module.compile(backend="mminference", options=EXACT)
     assert harness.relative_error(call(module, heads()), causal(heads())) < 1e-5
     assert last().sites[0].decision.rewritten
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
+def test_a_grid_is_found_in_code_of_every_backend(inner):
+    """Code that AOTAutograd made calls operators where a tensor's pending conjugation is forgotten."""
+    x = structured_qkv([Structure(distances=(0,), stride=72, phase=7)], 2048)
+    options = {"inner": inner, "min_tokens": 0, "recall": 0.9, "strict": True}
+    fast = torch.compile(
+        lambda q, k, v: 2 * F.scaled_dot_product_attention(q, k, v, is_causal=True), backend="mminference",
+        options=options,
+    )  # fmt: skip
+    with torch.no_grad(), using_tiles(TileShape(32, 32)):
+        fast(x.q, x.k, x.v)
+    made = mmi_compile.last_report()
+    assert made is not None
+    assert "(stride 72)" in made.sites[0].to_json()["run"]["patterns"][0][0]

@@ -6,11 +6,11 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pytest
 
@@ -57,3 +57,21 @@ def running(script: str, **environment: str) -> Iterator[Interpreter]:
         yield worker
     finally:
         worker.close()
+
+
+Worker: TypeAlias = Callable[..., dict[str, Any]]
+
+
+@contextmanager
+def asking(script: str) -> Iterator[Worker]:
+    """The same as a function of the request, of whose arguments a positional one is called ``kind``; it fails the test
+    where the worker could not answer. Skips the test where there is no Triton."""
+    pytest.importorskip("triton", reason="triton is published for Linux only")
+    with running(script) as process:
+
+        def ask(*kind: str, **request: Any) -> dict[str, Any]:
+            answer = process(**dict(zip(["kind"], kind, strict=False)), **request)
+            assert "failure" not in answer, answer["failure"]
+            return answer
+
+        yield ask

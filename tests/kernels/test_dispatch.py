@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
 from mmi_compile import runtime
+from mmi_compile.cost_file import Costs
 from mmi_compile.kernels import dispatch
+from mmi_compile.kernels.cost import Coefficients
 from mmi_compile.kernels.dispatch import CPU_DENSE_BELOW, dense_flop
+from mmi_compile.kernels.frames import TileShape
 from mmi_compile.kernels.geometry import Geometry
 
 
@@ -87,3 +93,15 @@ def test_the_last_rows_of_adaptive_heads_may_be_sparse():
 def test_a_config_needs_heads():
     with pytest.raises(ValueError, match="needs the heads of the layer"):
         run(300, policy="config")
+
+
+@pytest.mark.parametrize(("nanoseconds", "dense"), [(5.0, True), (50.0, False)])
+def test_a_calibrated_gpu_says_which_prompts_are_too_short(nanoseconds: float, dense: bool) -> None:
+    """Dense attention of 10 ms is where probe and plan begin to pay."""
+    heads, tokens, tiles = 28, 16384, TileShape(128, 128)
+    g = Geometry(1, heads, 4, tokens, tokens)
+    there: Any = SimpleNamespace(device=torch.device("cuda"), shape=(1, heads, tokens, 128))  # nothing is computed
+    cost = Coefficients(0.0, 0.0, *[nanoseconds * 1e-9] * 3, 0.0, nanoseconds * 1e-9)
+    reason = dispatch._why_dense(there, g, "adaptive", -1, Costs(cost, measured=True), tiles)
+    assert bool(reason) == dense
+    assert not dense or "1.2 ms < 10 ms" in reason

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import Any
 
 import pytest
 import torch
@@ -24,26 +24,17 @@ from mmi_compile.kernels.guard import enforce, guard_rows, measure
 from mmi_compile.kernels.patterns import AShape, VerticalSlash
 from mmi_compile.kernels.planner import build_plan, dense_plan
 from mmi_compile.kernels.spec import SHARED_MEMORY
-from tests.kernels.interpreter import running
+from tests.kernels.interpreter import Worker, asking
 from tests.kernels.test_modality_probe import GPU_GEOMETRIES, gpu_case
 from tests.random_plans import random_plan, random_qkv
 
 # Rounding of scores of size s shifts a probability by s / 2^24 of itself; sums are relative to 1 and more.
 TOLERANCE = {"covered": 2e-5, "total": 2e-5, "outputs": 4e-5}
 
-Worker: TypeAlias = Callable[..., dict[str, Any]]
-
 
 @pytest.fixture(scope="module")
 def worker() -> Iterator[Worker]:
-    pytest.importorskip("triton", reason="triton is published for Linux only")
-    with running("exact_rows_worker.py") as process:
-
-        def ask(**request: Any) -> dict[str, Any]:
-            answer = process(**request)
-            assert "failure" not in answer, answer["failure"]
-            return answer
-
+    with asking("exact_rows_worker.py") as ask:
         yield ask
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from mmi_compile.kernels.geometry import Geometry
 from mmi_compile.kernels.probe import best_phase, phase_mass, reference_probe, run_probe
 from mmi_compile.kernels.spec import SHARED_MEMORY
 from tests.host_waits import NoHostWaits
-from tests.kernels.interpreter import running
+from tests.kernels.interpreter import Worker, asking
 from tests.pairs import pairwise
 
 pytest.importorskip("triton", reason="triton is published for Linux only")
@@ -27,18 +27,10 @@ pytest.importorskip("triton", reason="triton is published for Linux only")
 # Relative to masses of 1 and more: rounding of scores of size s shifts a probability by s / 2^24 of itself.
 TOLERANCE = 2e-5
 
-Worker: TypeAlias = Callable[..., dict[str, Any]]
-
 
 @pytest.fixture(scope="module")
 def worker() -> Iterator[Worker]:
-    with running("probe_worker.py") as process:
-
-        def ask(kind: str, **request: Any) -> dict[str, Any]:
-            answer = process(kind=kind, **request)
-            assert "failure" not in answer, answer["failure"]
-            return answer
-
+    with asking("probe_worker.py") as ask:
         yield ask
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import Any
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ from mmi_compile.kernels.reference import probabilities_reference
 from mmi_compile.kernels.segments import Segments, segment
 from mmi_compile.kernels.spec import SHARED_MEMORY
 from tests.host_waits import NoHostWaits
-from tests.kernels.interpreter import running
+from tests.kernels.interpreter import Worker, asking
 from tests.kernels.test_segments import interleavings
 from tests.pairs import pairwise
 from tests.strategies import geometries, random_inputs
@@ -41,8 +41,6 @@ from tests.strategies import geometries, random_inputs
 TOLERANCE = 2e-5
 SCALE = 0.3
 TILES = TileShape(16, 16)
-
-Worker: TypeAlias = Callable[..., dict[str, Any]]
 
 
 def everything(g: Geometry, modalities: int) -> list[Asked]:
@@ -127,14 +125,7 @@ def test_each_head_is_probed_once_for_all_regions(monkeypatch: pytest.MonkeyPatc
 
 @pytest.fixture(scope="module")
 def worker() -> Iterator[Worker]:
-    pytest.importorskip("triton", reason="triton is published for Linux only")
-    with running("modality_probe_worker.py") as process:
-
-        def ask(kind: str, **request: Any) -> dict[str, Any]:
-            answer = process(kind=kind, **request)
-            assert "failure" not in answer, answer["failure"]
-            return answer
-
+    with asking("modality_probe_worker.py") as ask:
         yield ask
 
 

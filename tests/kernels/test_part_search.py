@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import runpy
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,6 +34,8 @@ from tests.random_plans import check_contract
 from tests.strategies import random_inputs
 
 LABELS = ("text", "vision")
+EXAMPLE = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "boundaries.py"))
+"""Its ``attention``: video looks 320 *video* tokens back, text at the text before it."""
 TILES = TileShape(32, 32)
 
 
@@ -45,22 +49,6 @@ def prompt(tokens: int, seed: int, *, frame: int = 64, longest: int = 80, batch:
             row += [1] * frame + [0] * int(torch.randint(1, longest, (), generator=generator))
         rows.append(row[:tokens])
     return torch.tensor(rows, dtype=torch.int8)
-
-
-def back_among_video(ids: Tensor, back: int = 320) -> tuple[Tensor, Tensor]:
-    """q and k, float ``[1, 1, N, 64]``: video looks ``back`` *video* tokens back, text at the text before it."""
-    video = ids[0] == 1
-    rank = torch.where(video, video.cumsum(0) - 1, (~video).cumsum(0) - 1).double()
-    frequencies = 0.9 ** torch.arange(31).double() * 3.0
-
-    def turned(place: Tensor) -> Tensor:
-        angle = place[:, None] * frequencies
-        return torch.cat([angle.cos(), angle.sin()], -1).float()
-
-    kind = torch.stack([video, ~video], -1).float()
-    k = torch.cat([turned(rank), kind], -1)
-    q = torch.cat([turned(rank - back * video.double()) * 0.6, kind * 6], -1)
-    return q[None, None], k[None, None]
 
 
 def choose(
@@ -85,7 +73,7 @@ def kept_share(q: Tensor, k: Tensor, g: Geometry, plan: Plan) -> Tensor:
 @pytest.mark.parametrize("boundaries", [("2d",), ("q", "2d")])
 def test_what_is_regular_among_video_tokens_is_found(boundaries: tuple[str, ...]) -> None:
     ids = prompt(4096, seed=0)
-    q, k = back_among_video(ids)
+    q, k = EXAMPLE["attention"](ids, torch.Generator())
     plan, choice, g, _ = choose(q, k, ids, boundaries, recall=0.9)
     check_contract(plan)
     assert choice.boundary.item() == len(boundaries)
@@ -220,7 +208,7 @@ def test_the_probe_sums_the_softmax(seed: int, lengths: tuple[int, int], tiles: 
 def test_time_decides() -> None:
     """Where listed tiles cost so much that dense attention is cheaper, nobody takes them."""
     ids = prompt(2048, seed=0)
-    q, k = back_among_video(ids)
+    q, k = EXAMPLE["attention"](ids, torch.Generator())
     even = Coefficients(launch=0.0, rows=0.0, tiles=1.0, listed=1.0, columns=1.0, gathered=0.0, dense=1.0)
     dear = Coefficients(launch=0.0, rows=0.0, tiles=50.0, listed=50.0, columns=50.0, gathered=0.0, dense=1.0)
     for coefficients, place in ((even, 1), (dear, 0)):
@@ -228,21 +216,20 @@ def test_time_decides() -> None:
         assert choice.boundary.item() == place
 
 
-@pytest.mark.parametrize("recall", [0.5, 0.7, 0.85])
-def test_what_the_last_rows_take_counts(recall: float) -> None:
+@pytest.mark.parametrize("boundaries", [("q",), ("q", "2d")])
+def test_what_the_last_rows_take_counts(boundaries: tuple[str, ...]) -> None:
     """Grouped rows spread the last ones over more tiles: no head takes a boundary that loses by that."""
-    ids = prompt(2048, seed=2)
-    q, k = back_among_video(ids, back=64)
-    tiles, shared = TileShape(64, 32), {"recall": recall, "dense_tail": True}
-    plan, _, g, _ = choose(q * 0.5, k, ids, ("q", "2d"), tiles=tiles, **shared)
-    plain, _ = adaptive_plan(q * 0.5, k, g, 1.0, tiles, groups=SPREAD_GROUPS, **shared)
+    q, k, ids = text_looks_at_columns(2048, seed=3)
+    tiles, shared = TileShape(64, 32), {"recall": 0.95, "dense_tail": True}
+    plan, _, g, _ = choose(q, k, ids, boundaries, tiles=tiles, **shared)
+    plain, _ = adaptive_plan(q, k, g, 1.0, tiles, groups=SPREAD_GROUPS, **shared)
     assert plan.work().sum() <= plain.work().sum()
 
 
 @pytest.mark.parametrize("boundaries", [("2d",), ("q", "2d")])
 def test_heads_that_are_no_numbers_run_dense(boundaries: tuple[str, ...]) -> None:
     ids = prompt(2048, seed=0)
-    q, k = (x.repeat(1, 3, 1, 1) for x in back_among_video(ids))
+    q, k = (x.repeat(1, 3, 1, 1) for x in EXAMPLE["attention"](ids, torch.Generator()))
     clean, *_ = choose(q, k, ids, boundaries, recall=0.8)
     q[:, 0, -30:] = float("nan")
     k[:, 1, 40] = float("nan")
@@ -286,7 +273,7 @@ def test_layers_share_what_the_grouping_decides(inference: bool, monkeypatch: py
 
 def test_the_last_rows_stay_dense() -> None:
     ids = prompt(2048, seed=0)
-    q, k = back_among_video(ids)
+    q, k = EXAMPLE["attention"](ids, torch.Generator())
     plan, choice, g, _ = choose(q, k, ids, ("2d",), recall=0.8, dense_tail=True)
     check_contract(plan)
     assert choice.boundary.item() == 1
@@ -370,3 +357,14 @@ def test_gpu_operator_runs_what_was_planned(boundaries: str) -> None:
             if family_tiles(family, q.device, q.dtype, 64) == tiles:
                 out = run_plan(q, k, v, plan, scale, family=family)
                 assert relative_error(out, want) < 6e-3
+
+
+def test_what_a_report_needs_is_small() -> None:
+    """Reports keep the choice of every layer."""
+    ids = prompt(2048, seed=0)
+    q, k = EXAMPLE["attention"](ids, torch.Generator())
+    _, choice, *_ = choose(q, k, ids, ("q", "2d"), recall=0.8)
+    assert choice.apart is not None
+    kept = [choice.sparse, choice.density, *choice.tried, choice.apart.chosen]
+    kept += [part for tried in choice.apart.tried for part in tried if isinstance(part, Tensor)]
+    assert sum(part.untyped_storage().nbytes() for part in kept) < 4096

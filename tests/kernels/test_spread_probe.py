@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, TypeAlias
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ from mmi_compile.kernels.spread_probe import (
     run_spread_probe,
     spread_rows,
 )
-from tests.kernels.interpreter import running
+from tests.kernels.interpreter import Worker, asking
 from tests.kernels.test_modality_probe import GPU_GEOMETRIES, gpu_case
 from tests.pairs import pairwise
 from tests.strategies import geometries, random_inputs
@@ -30,19 +30,10 @@ from tests.strategies import geometries, random_inputs
 # Relative to masses of 1 and more: rounding of scores of size s shifts a probability by s / 2^24 of itself.
 TOLERANCE = 2e-5
 
-Worker: TypeAlias = Callable[..., dict[str, Any]]
-
 
 @pytest.fixture(scope="module")
 def worker() -> Iterator[Worker]:
-    pytest.importorskip("triton", reason="triton is published for Linux only")
-    with running("spread_probe_worker.py") as process:
-
-        def ask(**request: Any) -> dict[str, Any]:
-            answer = process(**request)
-            assert "failure" not in answer, answer["failure"]
-            return answer
-
+    with asking("spread_probe_worker.py") as ask:
         yield ask
 
 
