@@ -398,7 +398,7 @@ def autocorrelation_stride(mass: Tensor) -> Tensor:
         signal = part.float().sqrt()
         power = torch.fft.rfft(signal - signal.mean(-1, keepdim=True), n=size)
         # Not by conj(): what that leaves for later is forgotten where compiled code calls an operator.
-        energy = power.real.square() + power.imag.square()
+        energy = power * torch.conj_physical(power)
         repeats: Tensor = torch.fft.irfft(energy, n=size)[..., MIN_STRIDE : longest + 1]
         best.append(repeats.argmax(-1) + MIN_STRIDE)
     return best[0] if len(best) == 1 else torch.cat(best, 1)
