@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mmi_compile.kernels.cost import Coefficients, plan_work
+from mmi_compile.kernels.cost import EVEN, Coefficients, plan_work
 from mmi_compile.kernels.frames import TileShape, remembered
 from mmi_compile.kernels.geometry import Geometry
 from mmi_compile.kernels.part_search import assemble, search_parts, why_no_parts
@@ -43,9 +43,6 @@ __all__ = [
 
 PATTERN_NAMES = ("dense", "a_shape", "vertical_slash", "grid")
 """Names of the codes in ``HeadChoice.pattern``."""
-
-EVEN = Coefficients(launch=0.0, rows=0.0, tiles=1.0, listed=1.0, columns=1.0, gathered=0.0, dense=1.0)
-"""Under these every key tile counts alike."""
 
 SLACK = 1.25
 """What rows that took no part in the choice may lose, in units of what those that did may: the estimate is noisy, and
@@ -215,7 +212,7 @@ def adaptive_plan(
     strides: Sequence[int] = (),
     dense_tail: bool = True,
     groups: int | None = None,
-    coefficients: Coefficients | None = None,
+    coefficients: Coefficients = EVEN,
     boundaries: Boundaries | None = None,
 ) -> tuple[Plan, HeadChoice]:
     """Choose a pattern for each head from a probe, and lay out its plan.
@@ -228,7 +225,7 @@ def adaptive_plan(
         dense_tail: keep every key for the tiles of the last rows: they carry the answer and cost next to nothing.
         groups: groups of rows from all over the prompt that choose beside the last rows, and as many that check; 0 for
             the last rows alone, as in the paper. None for 16, or 0 where the prompt is short.
-        coefficients: by which candidates are compared, as time; None where every key tile counts alike.
+        coefficients: by which candidates are compared, as time.
         boundaries: also try to treat modalities apart. Nothing comes of it where ``why_no_parts`` gives a reason, or
             the prompt is short.
 
@@ -242,7 +239,7 @@ def adaptive_plan(
     peaks = max_diagonals(g.kv_len, bn)
     groups = _groups(g) if groups is None else groups
     probe = run_probe(q, k, g, scale, block_m=tiles.block_m, peaks=peaks, nearest=bn)
-    prices = Prices() if coefficients is None else Prices.of(coefficients)
+    prices = Prices.of(coefficients)
     frame = remembered(_frame_of(groups, prices), g, tiles, q.device)
     spread = None if frame.spread is None else run_spread_probe(q, k, g, scale, frame.spread, bn)
     search = PromptSearch.of(probe, spread, g, tiles, frame, recall)
@@ -268,12 +265,11 @@ def adaptive_plan(
         q, k, g, scale, tiles, boundaries.segments, boundaries=boundaries.names, recall=recall, prices=prices,
         columns=plan.columns.shape[-1], strides=strides, dense_tail=dense_tail,
     )  # fmt: skip
-    time = EVEN if coefficients is None else coefficients
-    costs = [torch.as_tensor(time.seconds(plan_work(plan), calls=0))]
+    costs = [torch.as_tensor(coefficients.seconds(plan_work(plan), calls=0))]
     tried = tuple(TriedApart(b.name, b.measured, b.pattern, b.sparse_tiles / frame.full) for b in bounded)
     for each, share in zip(bounded, (seen.density for seen in tried), strict=True):
         fits = each.fits & (each.chosen >= recall) & (each.measured >= 1 - SLACK * (1 - recall))
-        costs.append(torch.where(fits & (share <= max_density), each.work_seconds(time), torch.inf))
+        costs.append(torch.where(fits & (share <= max_density), each.work_seconds(coefficients), torch.inf))
     picked = torch.stack(costs).argmin(0)
     plan = assemble(plan, picked, bounded, boundaries.segments)
     apart = Apart(picked, tried, boundaries.labels)

@@ -441,6 +441,9 @@ class Coefficients:
         return Coefficients(self.launch, **rest)
 
 
+EVEN = Coefficients(launch=0.0, rows=0.0, tiles=1.0, listed=1.0, columns=1.0, gathered=0.0, dense=1.0)
+"""Under these every key tile counts alike."""
+
 TILE_NS = {"hopper": 11.4, "portable": 16.0, "cpu": 62_000.0}
 """Nanoseconds of a tile of 128 rows and 128 keys at head dim 128: an H100, and two cores of a desktop."""
 

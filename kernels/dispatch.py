@@ -11,7 +11,7 @@ from torch import Tensor
 from mmi_compile.cost_file import Costs, coefficients_for
 from mmi_compile.kernels.adaptive import Boundaries, adaptive_plan, why_not_apart
 from mmi_compile.kernels.boundaries import build_bounded_plan
-from mmi_compile.kernels.cost import Work
+from mmi_compile.kernels.cost import EVEN, Work
 from mmi_compile.kernels.cpu import attention_cpu
 from mmi_compile.kernels.dense import dense_attention
 from mmi_compile.kernels.geometry import Geometry, check_scale
@@ -120,7 +120,8 @@ def attention(
         run.path = "nothing to attend to"
         return new_output().zero_(), run
     tiles, kernel, name, family = _kernel_for(q.device, q.dtype, q.shape[3], portable=geometry.has_rows)
-    costs = coefficients_for(q.device, family, q.shape[3], tiles)
+    # Exact attention compares nothing, so that it need not ask for the device's file.
+    costs = Costs(EVEN, False) if policy == "exact" else coefficients_for(q.device, family, q.shape[3], tiles)
     why_dense = _why_dense(q, geometry, policy, min_tokens, costs, tiles)
     if why_dense:
         run.path = f"dense ({why_dense})"
@@ -145,7 +146,7 @@ def attention(
             boundaries, note = (None, "") if apart is None else apart.given(geometry, tiles)
             plan, choice = adaptive_plan(
                 q, k, geometry, scale, tiles, recall=recall, max_density=max_density, dense_tail=dense_tail,
-                coefficients=costs.coefficients if costs.measured else None, boundaries=boundaries,
+                coefficients=costs.coefficients if costs.measured else EVEN, boundaries=boundaries,
             )  # fmt: skip
         run.choice, run.density = choice, choice.density
         run.notes = tuple(filter(None, (note, costs.problem)))

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mmi_compile.decision import MMIError
 from mmi_compile.environment import describe_device
-from mmi_compile.kernels.cost import Coefficients, Work, default_coefficients
+from mmi_compile.kernels.cost import EVEN, Coefficients, Work, default_coefficients
 from mmi_compile.kernels.frames import TileShape
 from mmi_compile.kernels.render import cache_folder
 
@@ -131,8 +131,7 @@ def tile_counts(device: torch.device, dtype: torch.dtype, head_dim: int) -> Cost
         ValueError: no kernel serves this device, dtype and head dim.
     """
     name, tiles = _kernels_for(device, dtype, head_dim)
-    ones = Coefficients(launch=0.0, rows=0.0, tiles=1.0, listed=1.0, columns=1.0, gathered=0.0, dense=1.0)
-    return CostModel(name, head_dim, tiles, ones, "numbers of key tiles")
+    return CostModel(name, head_dim, tiles, EVEN, "numbers of key tiles")
 
 
 def _kernels_for(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[str, TileShape]:
