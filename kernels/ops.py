@@ -175,13 +175,16 @@ def _configured(
     ids, (_, note) = modality, translated(layer.modalities, prompt.names)
 
     def grouped(tiles: TileShape) -> Segments:
-        if segments:
-            shared = Segments.of(layer.labels, segments)
-            if shared.fits(geometry, tiles):
-                return shared
-        return segment(_config_ids(ids, layer.modalities, prompt), layer.labels, geometry, tiles)
+        shared = _shared(segments, layer.labels, geometry, tiles)
+        return shared or segment(_config_ids(ids, layer.modalities, prompt), layer.labels, geometry, tiles)
 
     return dispatch.ConfiguredHeads(layer, dense_tail, grouped, (note,) if note else ())
+
+
+def _shared(segments: list[Tensor], labels: tuple[int, ...], geometry: Geometry, tiles: TileShape) -> Segments | None:
+    """The grouping that the layers of a graph share; None where it was not made, or not for these lengths and tiles."""
+    shared = Segments.of(labels, segments) if segments else None
+    return shared if shared is not None and shared.fits(geometry, tiles) else None
 
 
 def _apart(
@@ -194,11 +197,8 @@ def _apart(
     ids = modality
 
     def grouped(tiles: TileShape) -> Segments:
-        if segments:
-            shared = Segments.of(VISION_LABELS, segments)
-            if shared.fits(geometry, tiles):
-                return shared
-        return segment(_is_vision(ids), VISION_LABELS, geometry, tiles)
+        shared = _shared(segments, VISION_LABELS, geometry, tiles)
+        return shared or segment(_is_vision(ids), VISION_LABELS, geometry, tiles)
 
     return dispatch.ApartHeads(names, grouped)
 
