@@ -65,7 +65,7 @@ def _rewrite(site: AttentionSite, context: PassContext, shared: dict[Any, fx.Nod
         _scale(site), offset, 0 if fact.window is None else int(fact.window), site.policy,
         float(options.recall), float(options.max_density), _min_tokens(options), options.dense_tail,
         "" if site.heads is None else site.heads.to_text(), site.index, _layout(node), site.key, ABI,
-        *_guard(options, ",".join(_boundaries(site, options))),
+        *_asked(options, ",".join(_boundaries(site, options))),
     )  # fmt: skip
     _replace(site, new, "mmi::attention")
     return None
@@ -131,7 +131,7 @@ def _follow(old: fx.Node, new: fx.Node, context: PassContext) -> None:
                 setattr(site, name, new)
 
 
-def _guard(options: Options, boundaries: str) -> tuple[Any, ...]:
+def _asked(options: Options, boundaries: str) -> tuple[Any, ...]:
     """``verify``, ``min_recall``, ``guard_rows`` and ``boundaries``, as far as they ask for anything."""
     guard = float(options.verify), float(options.min_recall or 0), options.guard_rows
     if boundaries:
