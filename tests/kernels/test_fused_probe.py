@@ -19,6 +19,7 @@ from mmi_compile.kernels.geometry import Geometry
 from mmi_compile.kernels.probe import best_phase, phase_mass, reference_probe, run_probe
 from mmi_compile.kernels.spec import SHARED_MEMORY
 from tests.host_waits import NoHostWaits
+from tests.kernels.ahead import assert_runs_on
 from tests.kernels.interpreter import Worker, asking
 from tests.pairs import pairwise
 
@@ -258,9 +259,7 @@ def test_gpu_folded_mass_is_the_reference() -> None:
 
 def assert_compiles(arch: str, dtype: str, head_dim: int, special: bool) -> dict[str, Any]:
     compiled = compile_ahead(arch, dtype, head_dim, special=special, query_tiles=1 + special)
-    for kernel in compiled.values():
-        assert kernel.metadata.shared <= SHARED_MEMORY[arch]
-        assert ("hsaco" if arch.startswith("gfx") else "cubin") in kernel.asm
+    assert_runs_on(compiled, arch)
     return compiled
 
 
